@@ -58,7 +58,7 @@ class GPT2Config:
 
 
 PRESETS = {
-    # nano is ours: small, without dropout and drawn with larger numbers, so that it learns in seconds
+    # nano is ours: small, no dropout and drawn with larger numbers, so that it learns in seconds
     "nano": GPT2Config(
         n_ctx=128, n_embd=96, n_layer=3, n_head=4, dropout=0.0, init_std=0.05, embd_init_std=0.1
     ),
@@ -71,7 +71,7 @@ PRESETS = {
 # %% [markdown]
 # ## The model
 #
-# B texts of T tokens, C numbers per token, H heads of D = C / H numbers, V entries in the vocabulary.
+# B texts of T tokens, C numbers per token, H heads of D = C / H numbers, a vocabulary of V tokens.
 # Each class stands after what it is made of. Weights have the released file's names and shapes.
 
 
@@ -114,7 +114,7 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token collects what it needs from itself and the tokens before it: [B, T, C] -> [B, T, C].
+    """Every token collects what it needs from the tokens up to itself: [B, T, C] -> [B, T, C].
 
     `cache` is a dict in which the keys and values of one call wait for the next one's tokens.
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
@@ -154,7 +154,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x):
-    """The smooth gate of GPT-2: about x where x is large, about 0 where it is very negative; any shape.
+    """A smooth gate: about x where x is large, about 0 where it is very negative; any shape.
 
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", the approximation with tanh.
     """
@@ -253,7 +253,7 @@ def tapped(model, patterns):
 
 @contextmanager
 def watch(model, *patterns):
-    """Read wires: while the context lasts, `seen[name]` is what last flowed on at that tap, detached.
+    """Read wires: within the context, `seen[name]` is what last flowed on at that tap, detached.
 
     Shell-style patterns choose the taps ("h.*.attn.pattern"); without one, all are watched.
     Nothing is computed differently. Raises ValueError for a pattern that matches no tap.
@@ -271,7 +271,7 @@ def watch(model, *patterns):
 
 @contextmanager
 def patch(model, changes):
-    """Write wires: while the context lasts, `changes = {name: f}` makes f(value) flow on instead of value.
+    """Write wires: within the context, `changes = {name: f}` lets f(value) flow on instead of value.
 
     Names are those of `watch`, patterns too; f gets a copy and returns a tensor of the same shape.
     Where contexts nest, patches apply in the order entered and every `watch` sees their result:
