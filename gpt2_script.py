@@ -10,18 +10,19 @@ import argparse
 import codecs
 import difflib
 import fnmatch
-import io
+import itertools
 import math
-import os
 import sys
-import unicodedata
+import tempfile
+import warnings
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import tiktoken
 import torch
+from rich.cells import cell_len, set_cell_size
 from rich.columns import Columns
 from rich.console import Console
 from rich.rule import Rule
@@ -131,13 +132,14 @@ def encode(tokenizer, text, n_ctx):
 
 
 def piece(tokenizer, id):
-    """One token as a person can read it: quoted, with escapes for what cannot be printed and for
-    bytes that are only a part of a character."""
+    """One token as a person can read it: quoted, with escapes for what has no width of its own
+    and for bytes that are only a part of a character."""
     raw = tokenizer.decode_single_token_bytes(id)
     try:
-        return repr(raw.decode())
+        text = raw.decode()
     except UnicodeDecodeError:
         return repr(raw)[1:]
+    return repr(text) if all(cell_len(c) for c in text) else ascii(text)
 
 
 # %% [markdown]
@@ -362,3 +364,587 @@ def patch(model, changes):
 
     with register_module_forward_hook(write):
         yield
+
+
+# %% [markdown]
+# ## Showing numbers
+#
+# The model knows nothing of this part. It prints what the taps have seen.
+
+# %%
+# a notebook gets plain text of 90 columns, which GitHub shows as it is; a terminal, what it can do
+NOTEBOOK = {"width": 90, "force_jupyter": False} if "ipykernel" in sys.modules else {}
+console = Console(markup=False, highlight=False, emoji=False, **NOTEBOOK)
+
+
+@dataclass
+class Run:
+    """A prompt of T tokens on its way through a model: what every tap saw, and how to show it."""
+
+    model: GPT2
+    tokenizer: tiktoken.Encoding
+    ids: list  # T of them
+    seen: dict  # tap name -> its value, without the batch dimension, on the CPU
+    full: bool = False  # whole activations instead of corners
+    pause: bool = False  # wait for Enter after each step
+
+    @property
+    def tokens(self):
+        return [f"{i} {piece(self.tokenizer, id)}" for i, id in enumerate(self.ids)]
+
+
+@torch.no_grad()
+def run_prompt(model, tokenizer, prompt, full=False, pause=False):
+    """Send a text through the model, in eval mode, with every tap watched; returns a Run.
+
+    Raises InputError for a text that is empty or longer than the model's context.
+    """
+    ids = encode(tokenizer, prompt, model.config.n_ctx)
+    with watch(model) as seen:
+        model(ids.to(model.wte.weight.device))
+    seen = {name: (v if name == "wpe" else v[0]).float().cpu() for name, v in seen.items()}
+    return Run(model, tokenizer, ids[0].tolist(), seen, full, pause)
+
+
+def begin(name, purpose, formula=None):
+    """Open a step: its name, what the operation is for, its formula with the actual shapes."""
+    console.print(Rule(Text(name, "bold"), align="left", style="blue"))
+    console.print(purpose)
+    if formula:
+        console.print(formula, style="blue")
+
+
+def end(run, change):
+    """Close a step: what it changed. With --step, wait for Enter while somebody is there."""
+    console.print(Text.assemble(("Changed: ", "bold"), change), "", sep="\n")
+    if run.pause:
+        run.pause = sys.stdin is not None and bool(sys.stdin.readline())
+
+
+def shorten(text, cells):
+    """Text cut to a width in terminal cells, of which some scripts' characters fill two."""
+    return set_cell_size(text, cells - 1) + "…" if cell_len(text) > cells else text
+
+
+def pick(count, most):
+    """Which of `count` rows or columns to show: all, or the first ones, a gap (None), the last."""
+    return list(range(count)) if count <= most else [*range(most - 2), None, count - 1]
+
+
+def grid(header, rows, left=1):
+    """Print a plain table: `left` columns of text, then columns of numbers."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def numbers(run, value, columns=None):
+    """Print a corner of a matrix [T, columns], of head 0 of [H, T, columns]; with --full all."""
+    if value.dim() == 3:
+        for head in range(len(value) if run.full else 1):
+            console.print(f"head {head} of {len(value)}", style="dim")
+            numbers(run, value[head], columns)
+        return
+    width, fit = value.size(1), max(3, (console.width - 14) // 8)
+    columns = columns or [str(j) for j in range(width)]
+    rows = pick(len(run.tokens), len(run.tokens) if run.full else 6)
+    parts = [range(j, min(j + fit, width)) for j in range(0, width, fit)]
+    for part in parts if run.full else [pick(width, fit)]:
+        body = [
+            ["..." if i is None else shorten(run.tokens[i], 13)]
+            + ["..." if None in (i, j) else f"{value[i, j]:.3f}" for j in part]
+            for i in rows
+        ]
+        grid(["", *("..." if j is None else shorten(columns[j], 7) for j in part)], body)
+
+
+def heat_map(run, pattern, title):
+    """One head's pattern [T, T] in percent: row looks at column. Returns a rich table."""
+    shown = range(len(run.tokens) if run.full else min(len(run.tokens), 10))
+    table = Table(box=None, padding=0, title=title, title_style="bold", header_style="dim")
+    table.add_column(no_wrap=True)
+    for j in shown:
+        name = run.tokens[j].split(" ", 1)[1].strip("' ").replace("\\x", "") or str(j)
+        table.add_column(set_cell_size(name, 2), width=3, no_wrap=True, justify="right")
+    for i in shown:
+        cells = []
+        for j in shown:
+            share = pattern[i, j].item()
+            ink = "white" if share > 0.5 else "black"
+            paper = f"rgb({235 - 215 * share:.0f},{242 - 170 * share:.0f},{255 - 90 * share:.0f})"
+            cells.append(Text(f"{100 * share:3.0f}", f"{ink} on {paper}") if j <= i else "·")
+        table.add_row(shorten(run.tokens[i], 8), *cells)
+    return table
+
+
+def stream_change(run, before, after):
+    """Print how each token's vector changed from one [T, C] to another: lengths and cosine."""
+    norms = [v.norm(dim=-1).tolist() for v in (before, after, after - before)]
+    cosine = torch.cosine_similarity(before, after, dim=-1).tolist()
+    rows = []
+    for t in pick(len(run.tokens), len(run.tokens) if run.full else 12):
+        columns = [] if t is None else [f"{column[t]:.3f}" for column in (*norms, cosine)]
+        rows.append([shorten(run.tokens[t], 13), *columns] if columns else ["..."] * 5)
+    grid(["length", "before", "after", "added", "cosine"], rows)
+
+
+# %% [markdown]
+# ## Act 1: watch
+#
+# A prompt flows through every operation, and each says what it is for and what it changed.
+
+# %%
+# tap (without "h.N."): the tap it is computed from, what it is for, its formula
+# fmt: off
+TOUR = {
+    "wte": (None, "Each id picks its row of the token table.",
+        "wte.weight[ids]: [{V}, {C}] → [{T}, {C}]"),
+    "wpe": (None, "Each position picks its row of the position table; else order is lost.",
+        "wpe.weight[positions]: [{N}, {C}] → [{T}, {C}]"),
+    "embed": ("wte", "The sum opens the residual stream: a vector per token, to which all else adds.",
+        "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
+    "resid_pre": (None, "The residual stream as it enters the block.",
+        "x: [{T}, {C}]"),
+    "ln_1": ("resid_pre", "Layer norm: mean 0 and deviation 1 for each vector, then scale and shift.",
+        "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
+    "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
+        "ln_1 @ c_attn, first third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
+    "attn.k": ("ln_1", "Keys, one per head: what a token offers, to be found by.",
+        "ln_1 @ c_attn, second third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
+    "attn.v": ("ln_1", "Values, one per head: what a token hands over when it is found.",
+        "ln_1 @ c_attn, last third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
+    "attn.scores": ("attn.q", "How well each query (row) fits each key (column), in every head.",
+        "q @ kᵀ / √{D}: [{H}, {T}, {D}] @ [{H}, {D}, {T}] → [{H}, {T}, {T}]"),
+    "attn.mask": (None, "No token may see a later one: those scores become −∞, and softmax 0.",
+        "−∞ where column > row: [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
+    "attn.pattern": (None, "Softmax turns each row into shares, in percent: row looks at column.",
+        "softmax(masked scores): [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
+    "attn.heads": ("attn.v", "Each head mixes the values in the shares of its pattern.",
+        "pattern @ v: [{H}, {T}, {T}] @ [{H}, {T}, {D}] → [{H}, {T}, {D}]"),
+    "attn.out": ("attn.heads", "The heads, joined, are projected: this is what attention writes.",
+        "joined @ c_proj: [{T}, {C}] @ [{C}, {C}] → [{T}, {C}]"),
+    "resid_mid": ("resid_pre", "The stream keeps what it had and gains what attention wrote.",
+        "resid_pre + attn.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
+    "ln_2": ("resid_mid", "Layer norm again, with a scale and shift of its own.",
+        "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
+    "mlp.pre": ("ln_2", "Each token, on its own, is compared with {F} learned keys.",
+        "ln_2 @ c_fc: [{T}, {C}] @ [{C}, {F}] → [{T}, {F}]"),
+    "mlp.act": ("mlp.pre", "GELU lets large numbers through and shuts negative ones off.",
+        "x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))): [{T}, {F}] → [{T}, {F}]"),
+    "mlp.out": ("mlp.act", "Each key that fitted adds its value: this is what the MLP writes.",
+        "act @ c_proj: [{T}, {F}] @ [{F}, {C}] → [{T}, {C}]"),
+    "resid_post": ("resid_mid", "The stream keeps what it had and gains what the MLP wrote.",
+        "resid_mid + mlp.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
+    "ln_f": ("h.{L}.resid_post", "The last layer norm, before the vectors are read out.",
+        "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
+    "logits": ("ln_f", "Each vector is compared with every token's row: a score per next token.",
+        "ln_f @ wte.weightᵀ: [{T}, {C}] @ [{C}, {V}] → [{T}, {V}]"),
+}
+# fmt: on
+
+
+def spread(before, after):
+    """How the numbers of one tensor lie, and those of another, in a few words."""
+    measures = {
+        "mean": torch.mean,
+        "deviation": lambda x: x.std(correction=0),
+        "smallest": torch.min,
+        "largest": torch.max,
+    }
+    return ", ".join(f"{n} {f(before):.3f} → {f(after):.3f}" for n, f in measures.items())
+
+
+def show_step(run, name):
+    """Print one step: name, purpose, formula with the shapes, numbers, and what it changed."""
+    config, T = run.model.config, len(run.ids)
+    key = name.split(".", 2)[-1]  # without "h.N."
+    block = name.removesuffix(key)
+    sizes = {"T": T, "C": config.n_embd, "F": 4 * config.n_embd, "H": config.n_head}
+    sizes |= {"D": config.n_embd // config.n_head, "V": config.vocab_size, "N": config.n_ctx}
+    sizes |= {"L": config.n_layer - 1}
+    source, purpose, formula = (text and text.format(**sizes) for text in TOUR[key])
+    begin(name, purpose, formula)
+
+    later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    if key == "attn.mask":
+        numbers(run, run.seen[block + "attn.scores"].masked_fill(later, -math.inf), run.tokens)
+        return end(run, f"{later.sum()} of the {T * T} scores of each head became −∞.")
+    value, before = run.seen[name], run.seen[block + source] if source else None
+    if key == "attn.pattern":
+        maps = [heat_map(run, pattern, f"head {head}") for head, pattern in enumerate(value)]
+        console.print(Columns(maps, padding=(0, 2)))
+        error, ahead = (value.sum(-1) - 1).abs().max(), (value * later).max()
+        change = (
+            f"scores became shares. Each row sums to 1 (at most {error:.0e} off); the largest "
+            f"share of a later token is {ahead:.0f}."
+        )
+    elif key in ("embed", "resid_mid", "resid_post"):
+        stream_change(run, before, value)
+        change = f"mean length {before.norm(dim=-1).mean():.3f} → {value.norm(dim=-1).mean():.3f}."
+    elif before is None:
+        numbers(run, value)
+        change = "nothing: what is read stays as it is."
+    else:
+        numbers(run, value, run.tokens if key == "attn.scores" else None)
+        change = f"from {source} to {key}, {spread(before, value)}."
+    end(run, change)
+
+
+def show_model(run):
+    """Print which model this is."""
+    config, count = run.model.config, sum(p.numel() for p in run.model.parameters())
+    console.print(Rule(Text("Watch: a prompt on its way through GPT-2", "bold"), style="blue"))
+    console.print(
+        f"{count:,} parameters: {config.n_layer} blocks, {config.n_head} heads, {config.n_embd} "
+        f"numbers per token, {config.vocab_size:,} tokens in the vocabulary.\n"
+        "The weights are random draws. The wiring and the arithmetic are GPT-2's, but nothing has "
+        "been learned, so no number below has a meaning yet.\n"
+    )
+
+
+def show_tokens(run):
+    """Print the text cut into tokens: id, piece, bytes."""
+    begin("tokens", "Byte-pair encoding cuts the text into pieces that the vocabulary has.")
+    raw = [run.tokenizer.decode_single_token_bytes(id) for id in run.ids]
+    rows = [
+        ["...", "", ""]
+        if i is None
+        else [shorten(run.tokens[i], 20), str(run.ids[i]), raw[i].hex(" ")]
+        for i in pick(len(raw), len(raw) if run.full else 24)
+    ]
+    grid(["position, piece", "id", "bytes"], rows)
+    end(run, f"{len(b''.join(raw))} bytes became {len(raw)} ids; the letters are gone.")
+
+
+def show_dropout(run):
+    """Print what dropout does in use, nothing, and what it would do in training."""
+    x, p = run.seen["embed"], run.model.config.dropout
+    begin("dropout", "In training, some numbers are set to 0 at random, so that none is relied on.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dropped = nn.functional.dropout(x, p=0.1)
+    console.print(
+        f"In training, with GPT-2's p = 0.1: {(dropped == 0).sum()} of these {x.numel()} numbers "
+        f"become 0, the others grow by 1 / 0.9, so that sums stay as large as they were."
+    )
+    same = (x == run.seen["wte"] + run.seen["wpe"]).all()
+    end(run, f"{'nothing' if same else 'something'}: in use dropout is idle (this model: p = {p}).")
+
+
+def show_in_brief(run, layers):
+    """Print a line for each of these blocks: lengths of the last token's vector."""
+    name = f"h.{layers[0]}" + (f" to h.{layers[-1]}" if len(layers) > 1 else "")
+    begin(name, "The same steps with other weights; lengths of the last token's vector.")
+    rows = []
+    for i in layers:
+        before, *wrote, after = (
+            run.seen[f"h.{i}.{key}"][-1]
+            for key in ("resid_pre", "attn.out", "mlp.out", "resid_post")
+        )
+        cosine = torch.cosine_similarity(before, after, dim=0)
+        rows.append(
+            [f"h.{i}", *(f"{v.norm():.3f}" for v in (before, *wrote, after)), f"{cosine:.3f}"]
+        )
+    grid(["block", "before", "attn", "mlp", "after", "cosine"], rows)
+    end(run, "the residual stream, by what attention and the MLP wrote to it.")
+
+
+def show_probabilities(run, count=5):
+    """Print the likeliest next tokens."""
+    V = run.model.config.vocab_size
+    begin(
+        "probabilities",
+        "Softmax turns the last token's scores into the probability of each next token.",
+        f"softmax(logits[{len(run.ids) - 1}]): [{V}] → [{V}]",
+    )
+    top = run.seen["logits"][-1].softmax(-1).topk(min(count, V))
+    rows = []
+    for share, id in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        bar = "█" * max(1, round(16 * share / top.values[0].item()))
+        rows.append([bar, shorten(piece(run.tokenizer, id), 16), f"{share:.3%}"])
+    grid(["", "next token", "probability"], rows, left=2)
+    end(run, f"{V:,} scores became shares of 1; a blind guess gives each {1 / V:.3%}.")
+
+
+@torch.no_grad()
+def logit_lens(model, seen):
+    """What each layer would already answer after the last token: probabilities [n_layer + 1, V].
+
+    The stream after the embedding and after each block is read out as if it were the last one.
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    """
+    names = ["embed", *(f"h.{i}.resid_post" for i in range(model.config.n_layer))]
+    last = torch.stack([seen[name][-1] for name in names]).to(model.wte.weight)  # [n_layer + 1, C]
+    return (model.ln_f(last) @ model.wte.weight.T).softmax(-1).cpu()
+
+
+def show_logit_lens(run):
+    """Print the likeliest next tokens after each layer."""
+    begin(
+        "logit lens",
+        "What would the model answer if it ended here? Each layer's stream, read as if the last.",
+        "softmax(ln_f(resid_post) @ wte.weightᵀ), last token",
+    )
+    lens = logit_lens(run.model, run.seen)
+    answer = lens[-1].argmax().item()
+    rows = []
+    for i, shares in enumerate(lens):
+        best = [shorten(piece(run.tokenizer, id), 12) for id in shares.topk(2).indices.tolist()]
+        rows.append([f"h.{i - 1}" if i else "embed", *best, f"{shares[answer]:.3%}"])
+    grid(["after", "likeliest", "second", "the answer"], rows, left=3)
+    end(run, f"the share of {piece(run.tokenizer, answer)}, {rows[0][-1]} → {rows[-1][-1]}.")
+
+
+def show_journey(run):
+    """Print how each token's vector changed from its embedding to the end."""
+    last = f"h.{run.model.config.n_layer - 1}.resid_post"
+    begin("the whole way", "Each token's vector as it entered the first block and left the last.")
+    stream_change(run, run.seen["embed"], run.seen[last])
+    end(run, "'which token, and where' on its way to 'what comes next'.")
+
+
+def show_blocks(run, layers):
+    """Print the blocks in `layers` in full, the others in a line each."""
+    blocks = range(run.model.config.n_layer)
+    for traced, group in itertools.groupby(blocks, key=lambda i: i in layers):
+        if not traced:
+            show_in_brief(run, list(group))
+            continue
+        for i in group:
+            for key in list(TOUR)[3:-2]:  # those of a block
+                show_step(run, f"h.{i}.{key}")
+
+
+def watch_act(run, layers=(0,)):
+    """Act 1: print all that happens to a prompt; `layers` are the blocks to trace in full."""
+    show_model(run)
+    show_tokens(run)
+    for name in ("wte", "wpe", "embed"):
+        show_step(run, name)
+    show_dropout(run)
+    show_blocks(run, layers)
+    show_step(run, "ln_f")
+    show_step(run, "logits")
+    show_probabilities(run)
+    show_logit_lens(run)
+    show_journey(run)
+
+
+# %% [markdown]
+# ## Figures
+
+
+# %%
+def new_figure(rows, columns, size):
+    """A white matplotlib figure and its axes [rows, columns]."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "text.parse_math": False, "savefig.dpi": 110})
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    plt.close(figure)  # a notebook draws what a cell returns
+    return figure, axes
+
+
+def plot_patterns(run, layer):
+    """Figure: every head's pattern in one block."""
+    pattern = run.seen[f"h.{layer}.attn.pattern"]  # [H, T, T]
+    H, T = pattern.shape[:2]
+    across = min(H, 4)
+    figure, axes = new_figure(
+        -(-H // across), across, (2.6 * across + 1.5, 2.9 * -(-H // across) + 0.8)
+    )
+    names = [shorten(name, 12) for name in run.tokens] if T <= 24 else []
+    for head, axis in enumerate(axes.flat):
+        axis.set_visible(head < H)
+        if head < H:
+            image = axis.imshow(pattern[head], vmin=0, vmax=1, cmap="cividis")
+            axis.set_title(f"head {head}")
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+            axis.set_yticks(range(len(names)), names if head % across == 0 else [], fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of attention", shrink=0.8)
+    figure.suptitle(f"Block {layer}: no head looks ahead")
+    return figure
+
+
+def plot_stream(run):
+    """Figure: the length of every token's vector, place by place along the residual stream."""
+    layers = range(run.model.config.n_layer)
+    places = ["embed", *(f"h.{i}.{key}" for i in layers for key in ("resid_mid", "resid_post"))]
+    norms = torch.stack([run.seen[place].norm(dim=-1) for place in places])  # [places, T]
+    figure, axes = new_figure(1, 1, (8, 4.5))
+    axis, T = axes[0, 0], len(run.ids)
+    for t in range(T):
+        shade = 0.85 * (1 - (t + 1) / T)  # the later the darker
+        axis.plot(
+            norms[:, t], "o-", markersize=3, color=str(shade), label=shorten(run.tokens[t], 14)
+        )
+    axis.set_xticks(range(len(places)), places, rotation=40, ha="right")
+    axis.set_ylabel("length of a token's vector")
+    if T <= 16:
+        figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    first, last = norms.mean(dim=1)[[0, -1]].tolist()
+    axis.set_title(
+        f"Mean length in the residual stream: {first:.2f} at first, {last:.2f} at the end"
+    )
+    return figure
+
+
+def plot_logit_lens(run):
+    """Figure: the likeliest next token after each layer, with its probability."""
+    shares, ids = (x.flatten().tolist() for x in logit_lens(run.model, run.seen).max(dim=-1))
+    names = [shorten(piece(run.tokenizer, id), 20) for id in ids]
+    places = ["embed", *(f"h.{i}" for i in range(run.model.config.n_layer))]
+    figure, axes = new_figure(1, 1, (8, 1.5 + 0.4 * len(ids)))
+    axis = axes[0, 0]
+    bars = axis.barh(places, shares, color="#0072B2")
+    labels = [f"{name}  {share:.2%}" for name, share in zip(names, shares, strict=True)]
+    axis.bar_label(bars, labels, padding=4)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.4 * max(shares))
+    axis.set_xlabel("probability of the likeliest next token")
+    agreeing = [i for i, id in enumerate(ids) if id == ids[-1]]
+    axis.set_title(f"{names[-1]} leads after {len(agreeing)} of {len(ids)} read-outs")
+    return figure
+
+
+def save_figures(figures, folder):
+    """Write figures {name: figure} as PNG files into a folder, each whole or not at all.
+
+    Raises InputError where that cannot be done.
+    """
+    for name, figure in figures.items():
+        path, part = folder / f"{name}.png", folder / f".{name}.part"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
+                figure.savefig(part, format="png")
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+# %% [markdown]
+# ## Command line
+#
+# This part is for `python gpt2_script.py` alone.
+
+# %% tags=["active-py"]
+PROMPT = "The Eiffel Tower is in the city of"
+ACTS = ("watch",)
+IN_ASCII = {"→": "->", "−": "-", "√": "sqrt ", "·": ".", "…": ".", "█": "#", "∞": "inf"}
+IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3"}
+
+
+def spell_out(error):
+    """An error handler for codecs: writes in ASCII what a terminal's encoding lacks."""
+    text = error.object[error.start : error.end]
+    spelt = (IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
+    return "".join(spelt), error.end
+
+
+def parse_seed(text):
+    if not 0 <= int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
+def parse_acts(text):
+    acts = [act.strip() for act in text.split(",")]
+    for act in acts:
+        if act not in ACTS:
+            raise argparse.ArgumentTypeError(
+                f"there is no act {act!r}; there is: {', '.join(ACTS)}"
+            )
+    return [act for act in ACTS if act in acts]
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        prog="gpt2_script.py", description="Watch a prompt flow through every operation of GPT-2."
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help=f"default: {PROMPT!r}")
+    add("--acts", type=parse_acts, default=list(ACTS), help="which to run: watch")
+    add("--layers", default="0", help="blocks traced in full: all, or numbers like 0 or 0,2")
+    add("--step", action="store_true", help="wait for Enter after each step")
+    add("--full", action="store_true", help="whole activations instead of corners")
+    add("--figures", metavar="DIR", type=Path, help="save what was shown as PNG files")
+    add(
+        "--seed", type=parse_seed, default=0, metavar="N", help="of the random weights (default: 0)"
+    )
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    return parser.parse_args(arguments)
+
+
+def choose_layers(text, n_layer):
+    """`--layers` as a list of block numbers. Raises InputError for any that does not exist."""
+    if text == "all":
+        return list(range(n_layer))
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in map(str, range(n_layer)):
+            raise InputError(f"there is no layer {name!r}: choose all, or from 0 to {n_layer - 1}")
+    return [int(name) for name in names]
+
+
+def choose_device(name):
+    """`--device` as torch knows it. Raises InputError for one that this machine lacks."""
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(device for device in here if here[device])
+    if not here[name]:
+        raise InputError(f"this machine has no device {name!r} that torch can use")
+    return name
+
+
+def choose_folder(path):
+    """`--figures` as a folder that exists and can be written. Raises InputError where it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"cannot write figures to {path}: {error.strerror}") from error
+
+
+def play(options):
+    """Run the acts that the command line asks for."""
+    device = choose_device(options.device)
+    if options.figures:
+        choose_folder(options.figures)
+    tokenizer = load_tokenizer()
+    torch.manual_seed(options.seed)
+    model = GPT2(PRESETS["nano"]).eval().to(device)
+    layers = choose_layers(options.layers, model.config.n_layer)
+    run = run_prompt(model, tokenizer, options.prompt, options.full, options.step)
+    watch_act(run, layers)
+    if options.figures:
+        figures = {f"patterns_h{i}": plot_patterns(run, i) for i in layers}
+        figures |= {"stream": plot_stream(run), "logit_lens": plot_logit_lens(run)}
+        save_figures(figures, options.figures)
+
+
+def main(arguments=None):
+    """The script: returns 0, 2 after one sentence on what cannot be used, 130 after Ctrl-C."""
+    codecs.register_error("spell_out", spell_out)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="spell_out")
+    try:
+        play(parse_arguments(arguments))
+    except InputError as error:
+        print(f"gpt2_script.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
