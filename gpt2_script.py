@@ -418,6 +418,7 @@ def end(run, change):
     """Close a step: what it changed. With --step, wait for Enter while somebody is there."""
     console.print(Text.assemble(("Changed: ", "bold"), change), "", sep="\n")
     if run.pause:
+        console.print("Press Enter for the next step", style="dim")
         run.pause = sys.stdin is not None and bool(sys.stdin.readline())
 
 
@@ -504,11 +505,11 @@ TOUR = {
         "wte.weight[ids]: [{V}, {C}] → [{T}, {C}]"),
     "wpe": (None, "Each position picks its row of the position table; else order is lost.",
         "wpe.weight[positions]: [{N}, {C}] → [{T}, {C}]"),
-    "embed": ("wte", "The sum opens the residual stream: a vector per token, to which all else adds.",
+    "embed": ("wte", "The sum opens the residual stream: a vector per token, to which all adds.",
         "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
     "resid_pre": (None, "The residual stream as it enters the block.",
         "x: [{T}, {C}]"),
-    "ln_1": ("resid_pre", "Layer norm: mean 0 and deviation 1 for each vector, then scale and shift.",
+    "ln_1": ("resid_pre", "Layer norm: every vector to mean 0 and deviation 1, then scale and shift.",
         "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
     "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
         "ln_1 @ c_attn, first third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
@@ -663,8 +664,8 @@ def show_probabilities(run, count=5):
     top = run.seen["logits"][-1].softmax(-1).topk(min(count, V))
     rows = []
     for share, id in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        bar = "█" * max(1, round(16 * share / top.values[0].item()))
-        rows.append([bar, shorten(piece(run.tokenizer, id), 16), f"{share:.3%}"])
+        bar = "█" * max(1, round(12 * share / top.values[0].item()))
+        rows.append([bar, shorten(piece(run.tokenizer, id), 14), f"{share:.3%}"])
     grid(["", "next token", "probability"], rows, left=2)
     end(run, f"{V:,} scores became shares of 1; a blind guess gives each {1 / V:.3%}.")
 
