@@ -1,7 +1,15 @@
 # %% [markdown]
 # # GPT-2, opened
 #
-# One file: the model, taps on every wire, and a run that shows what each step does to a sentence.
+# The whole model, taps on every wire, and a run that shows what each step does to a sentence.
+
+# %% tags=["active-ipynb"]
+# # installs what is missing, for instance in Colab
+# from importlib.util import find_spec
+#
+# missing = [name for name in ("torch", "tiktoken", "rich", "matplotlib") if not find_spec(name)]
+# if missing:
+#     %pip install -q {" ".join(missing)}
 
 # %%
 from __future__ import annotations
@@ -157,6 +165,7 @@ class Tap(nn.Module):
         return x
 
 
+# %%
 class Linear(nn.Module):
     """x @ weight + bias: [..., n_in] -> [..., n_out]; the weight is stored as [n_in, n_out]."""
 
@@ -169,6 +178,7 @@ class Linear(nn.Module):
         return x @ self.weight + self.bias
 
 
+# %%
 class LayerNorm(nn.Module):
     """Each token's vector centred, scaled to unit variance, then stretched and shifted as learned.
 
@@ -187,6 +197,7 @@ class LayerNorm(nn.Module):
         return centred / torch.sqrt(variance + self.epsilon) * self.weight + self.bias
 
 
+# %%
 class CausalSelfAttention(nn.Module):
     """Every token collects what it needs from the tokens up to itself: [B, T, C] -> [B, T, C].
 
@@ -227,6 +238,7 @@ class CausalSelfAttention(nn.Module):
         return self.out(self.out_dropout(self.c_proj(joined)))  # [B, T, C]
 
 
+# %%
 def gelu(x):
     """A smooth gate: about x where x is large, about 0 where it is very negative; any shape.
 
@@ -235,6 +247,7 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+# %%
 class MLP(nn.Module):
     """Each token on its own, four times wider, through GELU and back: [B, T, C] -> [B, T, C]."""
 
@@ -253,6 +266,7 @@ class MLP(nn.Module):
         return self.out(self.dropout(self.c_proj(act)))  # [B, T, C]
 
 
+# %%
 class Block(nn.Module):
     """One layer: attention, then the MLP, each adding to the stream: [B, T, C] -> [B, T, C]."""
 
@@ -272,6 +286,7 @@ class Block(nn.Module):
         return self.resid_post(x + self.mlp(self.ln_2(x)))
 
 
+# %%
 class GPT2(nn.Module):
     """The whole model: ids, a LongTensor [B, T] -> logits [B, T, V], a score for every next token.
 
@@ -373,8 +388,10 @@ def patch(model, changes):
 
 # %%
 # a notebook gets plain text of 90 columns, which GitHub shows as it is; a terminal, what it can do
-NOTEBOOK = {"width": 90, "force_jupyter": False} if "ipykernel" in sys.modules else {}
-console = Console(markup=False, highlight=False, emoji=False, **NOTEBOOK)
+plain = {"width": 90, "force_jupyter": False, "color_system": None}
+console = Console(
+    markup=False, highlight=False, emoji=False, **(plain if "ipykernel" in sys.modules else {})
+)
 
 
 @dataclass
@@ -442,18 +459,18 @@ def grid(header, rows, left=1):
     console.print(table)
 
 
-def numbers(run, value, columns=None):
-    """Print a corner of a matrix [T, columns], of head 0 of [H, T, columns]; with --full all."""
+def numbers(run, value, columns=None, full=False):
+    """Print a corner of a matrix [T, columns], of head 0 of [H, T, columns]; or all of it."""
     if value.dim() == 3:
-        for head in range(len(value) if run.full else 1):
+        for head in range(len(value) if full else 1):
             console.print(f"head {head} of {len(value)}", style="dim")
-            numbers(run, value[head], columns)
+            numbers(run, value[head], columns, full)
         return
     width, fit = value.size(1), max(3, (console.width - 14) // 8)
     columns = columns or [str(j) for j in range(width)]
-    rows = pick(len(run.tokens), len(run.tokens) if run.full else 6)
+    rows = pick(len(run.tokens), len(run.tokens) if full else 6)
     parts = [range(j, min(j + fit, width)) for j in range(0, width, fit)]
-    for part in parts if run.full else [pick(width, fit)]:
+    for part in parts if full else [pick(width, fit)]:
         body = [
             ["..." if i is None else shorten(run.tokens[i], 13)]
             + ["..." if None in (i, j) else f"{value[i, j]:.3f}" for j in part]
@@ -463,8 +480,9 @@ def numbers(run, value, columns=None):
 
 
 def heat_map(run, pattern, title):
-    """One head's pattern [T, T] in percent: row looks at column. Returns a rich table."""
-    shown = range(len(run.tokens) if run.full else min(len(run.tokens), 10))
+    """A head's pattern, [tokens, tokens], in percent: row looks at column. Returns a rich table."""
+    shown = range(len(pattern))
+    shaded = console.color_system in ("256", "truecolor")  # fewer colours would hide the numbers
     table = Table(box=None, padding=0, title=title, title_style="bold", header_style="dim")
     table.add_column(no_wrap=True)
     for j in shown:
@@ -474,9 +492,9 @@ def heat_map(run, pattern, title):
         cells = []
         for j in shown:
             share = pattern[i, j].item()
-            ink = "white" if share > 0.5 else "black"
             paper = f"rgb({235 - 215 * share:.0f},{242 - 170 * share:.0f},{255 - 90 * share:.0f})"
-            cells.append(Text(f"{100 * share:3.0f}", f"{ink} on {paper}") if j <= i else "·")
+            style = f"{'white' if share > 0.5 else 'black'} on {paper}"
+            cells.append(Text(f"{100 * share:3.0f}", style if shaded else "") if j <= i else "·")
         table.add_row(shorten(run.tokens[i], 8), *cells)
     return table
 
@@ -509,7 +527,7 @@ TOUR = {
         "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
     "resid_pre": (None, "The residual stream as it enters the block.",
         "x: [{T}, {C}]"),
-    "ln_1": ("resid_pre", "Layer norm: every vector to mean 0 and deviation 1, then scale and shift.",
+    "ln_1": ("resid_pre", "Layer norm: every vector to mean 0, deviation 1; then scale and shift.",
         "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
     "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
         "ln_1 @ c_attn, first third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
@@ -519,7 +537,7 @@ TOUR = {
         "ln_1 @ c_attn, last third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
     "attn.scores": ("attn.q", "How well each query (row) fits each key (column), in every head.",
         "q @ kᵀ / √{D}: [{H}, {T}, {D}] @ [{H}, {D}, {T}] → [{H}, {T}, {T}]"),
-    "attn.mask": (None, "No token may see a later one: those scores become −∞, and softmax 0.",
+    "attn.mask": ("attn.scores", "No token may see a later one: scores become −∞, shares 0.",
         "−∞ where column > row: [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
     "attn.pattern": (None, "Softmax turns each row into shares, in percent: row looks at column.",
         "softmax(masked scores): [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
@@ -569,14 +587,19 @@ def show_step(run, name):
     source, purpose, formula = (text and text.format(**sizes) for text in TOUR[key])
     begin(name, purpose, formula)
 
+    value = run.seen.get(name)  # the mask is no tap: it is made here
+    before = run.seen[block + source] if source else None
     later = torch.ones(T, T, dtype=torch.bool).triu(1)
     if key == "attn.mask":
-        numbers(run, run.seen[block + "attn.scores"].masked_fill(later, -math.inf), run.tokens)
-        return end(run, f"{later.sum()} of the {T * T} scores of each head became −∞.")
-    value, before = run.seen[name], run.seen[block + source] if source else None
-    if key == "attn.pattern":
-        maps = [heat_map(run, pattern, f"head {head}") for head, pattern in enumerate(value)]
+        numbers(run, before.masked_fill(later, -math.inf), run.tokens, run.full)
+        change = f"{later.sum()} of the {T * T} scores of each head became −∞."
+    elif key == "attn.pattern":
+        shown = min(T, (console.width - 9) // 3 if run.full else 10)
+        maps = [heat_map(run, p[:shown, :shown], f"head {head}") for head, p in enumerate(value)]
         console.print(Columns(maps, padding=(0, 2)))
+        if shown < T:
+            console.print(f"The first {shown} of {T} tokens.")
+            numbers(run, value, run.tokens, run.full)
         error, ahead = (value.sum(-1) - 1).abs().max(), (value * later).max()
         change = (
             f"scores became shares. Each row sums to 1 (at most {error:.0e} off); the largest "
@@ -585,12 +608,12 @@ def show_step(run, name):
     elif key in ("embed", "resid_mid", "resid_post"):
         stream_change(run, before, value)
         change = f"mean length {before.norm(dim=-1).mean():.3f} → {value.norm(dim=-1).mean():.3f}."
-    elif before is None:
-        numbers(run, value)
-        change = "nothing: what is read stays as it is."
     else:
-        numbers(run, value, run.tokens if key == "attn.scores" else None)
-        change = f"from {source} to {key}, {spread(before, value)}."
+        titles = run.tokens if key == "attn.scores" else None
+        numbers(run, value, titles, run.full and key != "logits")
+        change = "nothing: what is read stays as it is."
+        if source:
+            change = f"from {source} to {key}, {spread(before, value)}."
     end(run, change)
 
 
@@ -719,7 +742,7 @@ def show_blocks(run, layers):
                 show_step(run, f"h.{i}.{key}")
 
 
-def watch_act(run, layers=(0,)):
+def watch_act(run, layers):
     """Act 1: print all that happens to a prompt; `layers` are the blocks to trace in full."""
     show_model(run)
     show_tokens(run)
@@ -733,6 +756,92 @@ def watch_act(run, layers=(0,)):
     show_logit_lens(run)
     show_journey(run)
 
+
+# %% [markdown]
+# ### A prompt goes in
+
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# model = GPT2(PRESETS["nano"]).eval()
+# run = run_prompt(model, load_tokenizer(), "The Eiffel Tower is in the city of")
+# show_model(run)
+# show_tokens(run)
+
+# %% [markdown]
+# ### Embeddings: which token, and where
+
+# %% tags=["active-ipynb"]
+# show_step(run, "wte")
+# show_step(run, "wpe")
+
+# %% tags=["active-ipynb"]
+# show_step(run, "embed")
+# show_dropout(run)
+
+# %% [markdown]
+# ### Block 0: attention reads the stream
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.resid_pre")
+# show_step(run, "h.0.ln_1")
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.attn.q")
+# show_step(run, "h.0.attn.k")
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.attn.v")
+
+# %% [markdown]
+# ### Who looks at whom
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.attn.scores")
+# show_step(run, "h.0.attn.mask")
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.attn.pattern")
+
+# %% [markdown]
+# ### Attention writes to the stream
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.attn.heads")
+# show_step(run, "h.0.attn.out")
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.resid_mid")
+
+# %% [markdown]
+# ### The MLP reads the stream and writes to it
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.ln_2")
+# show_step(run, "h.0.mlp.pre")
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.mlp.act")
+# show_step(run, "h.0.mlp.out")
+
+# %% tags=["active-ipynb"]
+# show_step(run, "h.0.resid_post")
+
+# %% [markdown]
+# ### The other blocks, and the answer
+
+# %% tags=["active-ipynb"]
+# show_in_brief(run, [1, 2])
+
+# %% tags=["active-ipynb"]
+# show_step(run, "ln_f")
+# show_step(run, "logits")
+
+# %% tags=["active-ipynb"]
+# show_probabilities(run)
+# show_logit_lens(run)
+
+# %% tags=["active-ipynb"]
+# show_journey(run)
 
 # %% [markdown]
 # ## Figures
@@ -750,9 +859,10 @@ def new_figure(rows, columns, size):
 
 
 def plot_patterns(run, layer):
-    """Figure: every head's pattern in one block."""
+    """Figure: every head's pattern in one block, blank where a later token would be seen."""
     pattern = run.seen[f"h.{layer}.attn.pattern"]  # [H, T, T]
     H, T = pattern.shape[:2]
+    pattern = pattern.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), math.nan)
     across = min(H, 4)
     figure, axes = new_figure(
         -(-H // across), across, (2.6 * across + 1.5, 2.9 * -(-H // across) + 0.8)
@@ -761,7 +871,7 @@ def plot_patterns(run, layer):
     for head, axis in enumerate(axes.flat):
         axis.set_visible(head < H)
         if head < H:
-            image = axis.imshow(pattern[head], vmin=0, vmax=1, cmap="cividis")
+            image = axis.imshow(pattern[head].numpy(), vmin=0, vmax=1, cmap="cividis")
             axis.set_title(f"head {head}")
             axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
             axis.set_yticks(range(len(names)), names if head % across == 0 else [], fontsize=9)
@@ -774,19 +884,19 @@ def plot_stream(run):
     """Figure: the length of every token's vector, place by place along the residual stream."""
     layers = range(run.model.config.n_layer)
     places = ["embed", *(f"h.{i}.{key}" for i in layers for key in ("resid_mid", "resid_post"))]
-    norms = torch.stack([run.seen[place].norm(dim=-1) for place in places])  # [places, T]
+    norms = torch.stack([run.seen[place].norm(dim=-1) for place in places]).numpy()  # [places, T]
     figure, axes = new_figure(1, 1, (8, 4.5))
     axis, T = axes[0, 0], len(run.ids)
+    from matplotlib import colormaps
+
     for t in range(T):
-        shade = 0.85 * (1 - (t + 1) / T)  # the later the darker
-        axis.plot(
-            norms[:, t], "o-", markersize=3, color=str(shade), label=shorten(run.tokens[t], 14)
-        )
+        colour = colormaps["viridis"](0.9 * t / T)
+        axis.plot(norms[:, t], "o-", markersize=3, color=colour, label=shorten(run.tokens[t], 14))
     axis.set_xticks(range(len(places)), places, rotation=40, ha="right")
     axis.set_ylabel("length of a token's vector")
     if T <= 16:
         figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    first, last = norms.mean(dim=1)[[0, -1]].tolist()
+    first, last = norms.mean(axis=1)[[0, -1]]
     axis.set_title(
         f"Mean length in the residual stream: {first:.2f} at first, {last:.2f} at the end"
     )
@@ -811,24 +921,17 @@ def plot_logit_lens(run):
     return figure
 
 
-def save_figures(figures, folder):
-    """Write figures {name: figure} as PNG files into a folder, each whole or not at all.
+# %% tags=["active-ipynb"]
+# plot_patterns(run, 0)
 
-    Raises InputError where that cannot be done.
-    """
-    for name, figure in figures.items():
-        path, part = folder / f"{name}.png", folder / f".{name}.part"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
-                figure.savefig(part, format="png")
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
+# %% tags=["active-ipynb"]
+# plot_stream(run)
+
+# %% tags=["active-ipynb"]
+# plot_logit_lens(run)
 
 
-# %% [markdown]
+# %% [markdown] tags=["active-py"]
 # ## Command line
 #
 # This part is for `python gpt2_script.py` alone.
@@ -872,13 +975,30 @@ def parse_arguments(arguments):
     add("--acts", type=parse_acts, default=list(ACTS), help="which to run: watch")
     add("--layers", default="0", help="blocks traced in full: all, or numbers like 0 or 0,2")
     add("--step", action="store_true", help="wait for Enter after each step")
-    add("--full", action="store_true", help="whole activations instead of corners")
+    add("--full", action="store_true", help="whole activations (of the logits, a corner)")
     add("--figures", metavar="DIR", type=Path, help="save what was shown as PNG files")
     add(
         "--seed", type=parse_seed, default=0, metavar="N", help="of the random weights (default: 0)"
     )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     return parser.parse_args(arguments)
+
+
+def save_figures(figures, folder):
+    """Write figures {name: figure} as PNG files into a folder, each whole or not at all.
+
+    Raises InputError where that cannot be done.
+    """
+    for name, figure in figures.items():
+        path, part = folder / f"{name}.png", folder / f".{name}.part"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
+                figure.savefig(part, format="png")
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def choose_layers(text, n_layer):

