@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
-from gpt2_script import gelu, patch, watch
+from gpt2_script import gelu, patch, tapped, watch
 
 B, T, C, H, D, V = 2, 5, 24, 3, 8, 50  # the sizes of the fixtures `model` and `ids`
 
@@ -106,7 +106,8 @@ def hooks(model):
 
 def test_watch_records_the_table(model, ids):
     seen = watched(model, ids)
-    assert [(name, tuple(value.shape)) for name, value in seen.items()] == list(SHAPES.items())
+    assert {name: tuple(value.shape) for name, value in seen.items()} == SHAPES
+    assert list(seen) == list(tapped(model, ["*"])) == NAMES
 
 
 def test_every_wire_is_passed_once(model, ids):
