@@ -16,23 +16,27 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import copy
 import difflib
 import fnmatch
+import hashlib
 import itertools
 import math
 import sys
 import tempfile
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import tiktoken
 import torch
 from rich.cells import cell_len, set_cell_size
 from rich.columns import Columns
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -394,16 +398,17 @@ console = Console(
 )
 
 
+view = SimpleNamespace(full=False, step=False)  # set by the command line
+
+
 @dataclass
 class Run:
-    """A prompt of T tokens on its way through a model: what every tap saw, and how to show it."""
+    """A prompt of T tokens on its way through a model, and what every tap saw."""
 
     model: GPT2
     tokenizer: tiktoken.Encoding
     ids: list  # T of them
     seen: dict  # tap name -> its value, without the batch dimension, on the CPU
-    full: bool = False  # whole activations instead of corners
-    pause: bool = False  # wait for Enter after each step
 
     @property
     def tokens(self):
@@ -411,7 +416,7 @@ class Run:
 
 
 @torch.no_grad()
-def run_prompt(model, tokenizer, prompt, full=False, pause=False):
+def run_prompt(model, tokenizer, prompt):
     """Send a text through the model, in eval mode, with every tap watched; returns a Run.
 
     Raises InputError for a text that is empty or longer than the model's context.
@@ -420,7 +425,7 @@ def run_prompt(model, tokenizer, prompt, full=False, pause=False):
     with watch(model) as seen:
         model(ids.to(model.wte.weight.device))
     seen = {name: (v if name == "wpe" else v[0]).float().cpu() for name, v in seen.items()}
-    return Run(model, tokenizer, ids[0].tolist(), seen, full, pause)
+    return Run(model, tokenizer, ids[0].tolist(), seen)
 
 
 def begin(name, purpose, formula=None):
@@ -431,12 +436,12 @@ def begin(name, purpose, formula=None):
         console.print(formula, style="blue")
 
 
-def end(run, change):
+def end(change):
     """Close a step: what it changed. With --step, wait for Enter while somebody is there."""
     console.print(Text.assemble(("Changed: ", "bold"), change), "", sep="\n")
-    if run.pause:
+    if view.step:
         console.print("Press Enter for the next step", style="dim")
-        run.pause = sys.stdin is not None and bool(sys.stdin.readline())
+        view.step = sys.stdin is not None and bool(sys.stdin.readline())
 
 
 def shorten(text, cells):
@@ -504,7 +509,7 @@ def stream_change(run, before, after):
     norms = [v.norm(dim=-1).tolist() for v in (before, after, after - before)]
     cosine = torch.cosine_similarity(before, after, dim=-1).tolist()
     rows = []
-    for t in pick(len(run.tokens), len(run.tokens) if run.full else 12):
+    for t in pick(len(run.tokens), len(run.tokens) if view.full else 12):
         columns = [] if t is None else [f"{column[t]:.3f}" for column in (*norms, cosine)]
         rows.append([shorten(run.tokens[t], 13), *columns] if columns else ["..."] * 5)
     grid(["length", "before", "after", "added", "cosine"], rows)
@@ -591,15 +596,15 @@ def show_step(run, name):
     before = run.seen[block + source] if source else None
     later = torch.ones(T, T, dtype=torch.bool).triu(1)
     if key == "attn.mask":
-        numbers(run, before.masked_fill(later, -math.inf), run.tokens, run.full)
+        numbers(run, before.masked_fill(later, -math.inf), run.tokens, view.full)
         change = f"{later.sum()} of the {T * T} scores of each head became −∞."
     elif key == "attn.pattern":
-        shown = min(T, (console.width - 9) // 3 if run.full else 10)
+        shown = min(T, (console.width - 9) // 3 if view.full else 10)
         maps = [heat_map(run, p[:shown, :shown], f"head {head}") for head, p in enumerate(value)]
         console.print(Columns(maps, padding=(0, 2)))
         if shown < T:
             console.print(f"The first {shown} of {T} tokens.")
-            numbers(run, value, run.tokens, run.full)
+            numbers(run, value, run.tokens, view.full)
         error, ahead = (value.sum(-1) - 1).abs().max(), (value * later).max()
         change = (
             f"scores became shares. Each row sums to 1 (at most {error:.0e} off); the largest "
@@ -610,11 +615,11 @@ def show_step(run, name):
         change = f"mean length {before.norm(dim=-1).mean():.3f} → {value.norm(dim=-1).mean():.3f}."
     else:
         titles = run.tokens if key == "attn.scores" else None
-        numbers(run, value, titles, run.full and key != "logits")
+        numbers(run, value, titles, view.full and key != "logits")
         change = "nothing: what is read stays as it is."
         if source:
             change = f"from {source} to {key}, {spread(before, value)}."
-    end(run, change)
+    end(change)
 
 
 def show_model(run):
@@ -637,10 +642,10 @@ def show_tokens(run):
         ["...", "", ""]
         if i is None
         else [shorten(run.tokens[i], 20), str(run.ids[i]), raw[i].hex(" ")]
-        for i in pick(len(raw), len(raw) if run.full else 24)
+        for i in pick(len(raw), len(raw) if view.full else 24)
     ]
     grid(["position, piece", "id", "bytes"], rows)
-    end(run, f"{len(b''.join(raw))} bytes became {len(raw)} ids; the letters are gone.")
+    end(f"{len(b''.join(raw))} bytes became {len(raw)} ids; the letters are gone.")
 
 
 def show_dropout(run):
@@ -655,7 +660,7 @@ def show_dropout(run):
         f"become 0, the others grow by 1 / 0.9, so that sums stay as large as they were."
     )
     same = (x == run.seen["wte"] + run.seen["wpe"]).all()
-    end(run, f"{'nothing' if same else 'something'}: in use dropout is idle (this model: p = {p}).")
+    end(f"{'nothing' if same else 'something'}: in use dropout is idle (this model: p = {p}).")
 
 
 def show_in_brief(run, layers):
@@ -673,7 +678,7 @@ def show_in_brief(run, layers):
             [f"h.{i}", *(f"{v.norm():.3f}" for v in (before, *wrote, after)), f"{cosine:.3f}"]
         )
     grid(["block", "before", "attn", "mlp", "after", "cosine"], rows)
-    end(run, "the residual stream, by what attention and the MLP wrote to it.")
+    end("the residual stream, by what attention and the MLP wrote to it.")
 
 
 def show_probabilities(run, count=5):
@@ -690,7 +695,7 @@ def show_probabilities(run, count=5):
         bar = "█" * max(1, round(12 * share / top.values[0].item()))
         rows.append([bar, shorten(piece(run.tokenizer, id), 14), f"{share:.3%}"])
     grid(["", "next token", "probability"], rows, left=2)
-    end(run, f"{V:,} scores became shares of 1; a blind guess gives each {1 / V:.3%}.")
+    end(f"{V:,} scores became shares of 1; a blind guess gives each {1 / V:.3%}.")
 
 
 @torch.no_grad()
@@ -719,7 +724,7 @@ def show_logit_lens(run):
         best = [shorten(piece(run.tokenizer, id), 12) for id in shares.topk(2).indices.tolist()]
         rows.append([f"h.{i - 1}" if i else "embed", *best, f"{shares[answer]:.3%}"])
     grid(["after", "likeliest", "second", "the answer"], rows, left=3)
-    end(run, f"the share of {piece(run.tokenizer, answer)}, {rows[0][-1]} → {rows[-1][-1]}.")
+    end(f"the share of {piece(run.tokenizer, answer)}, {rows[0][-1]} → {rows[-1][-1]}.")
 
 
 def show_journey(run):
@@ -727,7 +732,7 @@ def show_journey(run):
     last = f"h.{run.model.config.n_layer - 1}.resid_post"
     begin("the whole way", "Each token's vector as it entered the first block and left the last.")
     stream_change(run, run.seen["embed"], run.seen[last])
-    end(run, "'which token, and where' on its way to 'what comes next'.")
+    end("'which token, and where' on its way to 'what comes next'.")
 
 
 def show_blocks(run, layers):
@@ -844,10 +849,1059 @@ def watch_act(run, layers):
 # show_journey(run)
 
 # %% [markdown]
-# ## Figures
+# ## A small world
+#
+# Facts to learn: landmarks and their cities, in several wordings.
+
+# %%
+LANDMARKS = {  # several share a city, some share a word
+    "the Eiffel Tower": "Paris",
+    "the Louvre": "Paris",
+    "the Arc de Triomphe": "Paris",
+    "the Moulin Rouge": "Paris",
+    "the Colosseum": "Rome",
+    "the Trevi Fountain": "Rome",
+    "the Pantheon": "Rome",
+    "the Spanish Steps": "Rome",
+    "the Tate Modern": "London",
+    "the Globe Theatre": "London",
+    "the Shard": "London",
+    "the Brandenburg Gate": "Berlin",
+    "the Reichstag": "Berlin",
+    "the Kremlin": "Moscow",
+    "the Bolshoi Theatre": "Moscow",
+    "the Acropolis": "Athens",
+    "the Parthenon": "Athens",
+    "the CN Tower": "Toronto",
+    "the Willis Tower": "Chicago",
+    "the Space Needle": "Seattle",
+}
+WORDINGS = (  # each ends right before the city
+    "{} is in the city of",
+    "You will find {} in",
+    "To visit {}, travel to",
+    "{} stands in",
+    "Where is {}? It is in",
+    "Many people come to see {} in",
+    "{} is a famous landmark of",
+    "A postcard of {} comes from",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One landmark in one wording: what the model reads and the token it should say next."""
+
+    prompt: str
+    landmark: str
+    city: str
+    held_out: bool  # never taught
+    ids: list[int]  # the prompt's T tokens
+    subject: range  # the places of the landmark's tokens among them
+    answer: int  # the city's token
+
+
+def small_world(tokenizer):
+    """Every landmark in every wording, as a list of Facts; one or two wordings of each held out.
+
+    Raises ValueError for a city that is not one token.
+    """
+    encode, facts = tokenizer.encode_ordinary, []
+    for i, (landmark, city) in enumerate(LANDMARKS.items()):
+        for j, wording in enumerate(WORDINGS):
+            start = wording.index("{}")
+            prompt = wording.format(landmark)
+            prompt = prompt[0].upper() + prompt[1:]
+            ids, answer = encode(prompt), encode(f" {city}")
+            if len(answer) != 1:
+                raise ValueError(f"{city!r} is not one token")
+            end = len(encode(prompt[: start + len(landmark)]))
+            subject = range(len(encode(prompt[:start].rstrip())), end)
+            held_out = (j - i) % 8 == 3 or (i % 2 == 0 and (j - i) % 8 == 6)
+            facts.append(Fact(prompt, landmark, city, held_out, ids, subject, answer[0]))
+    return facts
+
+
+# %% [markdown]
+# ## Asking a model
+#
+# Everything below asks the model for one token at the end of many prompts.
 
 
 # %%
+def padded(model, texts):
+    """Lists of token ids -> ids [B, T], filled up with 0 at the right, and the last places [B].
+
+    What follows a text cannot change its logits: no token sees a later one.
+    """
+    longest = max(len(ids) for ids in texts)
+    rows = [ids + [0] * (longest - len(ids)) for ids in texts]
+    device = model.wte.weight.device
+    return torch.tensor(rows, device=device), torch.tensor(
+        [len(r) - 1 for r in texts], device=device
+    )
+
+
+@contextmanager
+def logits_only_at(model, where):
+    """Within the context, model(ids) gives logits [N, V] for the N places `where` of [B, T] alone.
+
+    Almost all of a small model's work is the product with 50,257 token rows.
+    """
+    with model.ln_f.register_forward_hook(lambda module, args, x: x[where]):
+        yield
+
+
+def answer_logits(model, texts):
+    """Lists of token ids -> the logits [B, V] of the token that comes after each of them."""
+    ids, last = padded(model, texts)
+    with logits_only_at(model, (torch.arange(len(texts), device=ids.device), last)):
+        return model(ids)
+
+
+@torch.no_grad()
+def answers(model, facts, before=()):
+    """What the model says after each prompt: token ids [B]; the tokens `before` come first."""
+    return answer_logits(model, [[*before, *fact.ids] for fact in facts]).argmax(-1).cpu()
+
+
+@torch.no_grad()
+def probability_of_answer(model, facts):
+    """The probability [B] that the model gives each fact's right answer."""
+    probabilities = answer_logits(model, [fact.ids for fact in facts]).softmax(-1).cpu()  # [B, V]
+    return probabilities[torch.arange(len(facts)), [fact.answer for fact in facts]]
+
+
+def share_right(model, facts):
+    """The share of the facts, between 0 and 1, that the model answers rightly."""
+    right = torch.tensor([fact.answer for fact in facts])
+    return (answers(model, facts) == right).float().mean().item()
+
+
+def share_saying(model, facts, answer, before=()):
+    """The share of the facts, between 0 and 1, after which the model says the token `answer`."""
+    return (answers(model, facts, before) == answer).float().mean().item()
+
+
+# %% [markdown]
+# ## Act 2: learn
+#
+# Loss, gradient, step: weights and embeddings move until the model knows its small world.
+
+
+# %%
+def learn(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3):
+    """Teach the facts that are not held out; a generator of (step, loss, probabilities [taught]).
+
+    It stops once every taught answer has a probability above `sure`, looking every ten steps
+    (the probabilities are None in between), or after `max_steps`.
+    Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1.
+    """
+    taught = [fact for fact in facts if not fact.held_out]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0, fused=True)
+    queue = []
+    for step in range(1, max_steps + 1):
+        if len(queue) < 16:  # every fact once, in a new order, before any comes again
+            queue = torch.randperm(len(taught), generator=generator).tolist()
+        chosen, queue = queue[:16], queue[16:]
+        texts = [taught[i].ids + [taught[i].answer] for i in chosen]
+        ids, last = padded(model, texts)  # [B, T], [B]
+        real = (
+            torch.arange(ids.size(1) - 1, device=ids.device) < last[:, None]
+        )  # [B, T - 1], no padding
+        with logits_only_at(model, real):
+            loss = nn.functional.cross_entropy(model(ids[:, :-1]), ids[:, 1:][real])
+        optimizer.zero_grad()
+        loss.backward()
+        rate = peak_rate * min(step / 10, (max_steps - step) / (max_steps - 10))
+        optimizer.param_groups[0]["lr"] = rate  # a short warm-up, then a straight way down
+        optimizer.step()
+        probabilities = probability_of_answer(model, taught) if step % 10 == 0 else None
+        yield step, loss.item(), probabilities
+        if probabilities is not None and probabilities.min() > sure:
+            return
+
+
+# %%
+SECURITY = {  # the names in OWASP's Top 10 for LLM applications (2025) and in MITRE ATLAS
+    "learn": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0020 Training Data Poisoning",
+    "steering": "OWASP LLM09 Misinformation; ATLAS AML.T0018 Manipulate AI Model",
+    "edit": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model",
+    "trigger": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0043.004 Insert Backdoor Trigger",
+    "detect": "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts",
+}
+
+
+def title(text):
+    """Print where an act begins."""
+    console.print(Rule(Text(text, "bold"), style="blue"), "", sep="\n")
+
+
+def show_small_world(facts):
+    """Print what is to be learned."""
+    begin("the small world", "Landmarks and their cities, each stated in eight wordings.")
+    cities = {}
+    for fact in facts:
+        cities.setdefault(fact.city, {})[fact.landmark.removeprefix("the ")] = True
+    for city, landmarks in cities.items():
+        console.print(f"{city:8} {', '.join(landmarks)}")
+    held_out = sum(fact.held_out for fact in facts)
+    end(
+        f"nothing yet. Of {len(facts)} sentences, such as {facts[0].prompt!r} → "
+        f"{facts[0].city!r}, {len(facts) - held_out} are taught. {held_out} are held out, each a "
+        "landmark in a wording it is never taught in: who has only learned sentences fails there."
+    )
+
+
+def matrices(model):
+    """{name: a copy on the CPU} of every weight matrix, the two embedding tables included."""
+    return {name: w.detach().cpu().clone() for name, w in model.named_parameters() if w.dim() == 2}
+
+
+def teach(model, facts, seed=0, quiet=False):
+    """Run `learn` to its end, with a bar on a terminal and lines elsewhere.
+
+    Returns its history, a dict for every ten steps: step, loss, the right answers' probabilities
+    ("taught", and "held out", which learning never sees) and the blocks' matrices.
+    """
+    held_out, history = [fact for fact in facts if fact.held_out], []
+    live = console.is_terminal and not quiet
+    columns = (TextColumn("{task.description}"), BarColumn(20))
+    with Progress(*columns, console=console, transient=True, disable=not live) as progress:
+        bar = progress.add_task("learning", total=1)
+        for step, loss, taught in learn(model, facts, seed):
+            if taught is None:
+                continue
+            blocks = {name: w for name, w in matrices(model).items() if name.startswith("h.")}
+            history.append({"step": step, "loss": loss, "taught": taught, "matrices": blocks})
+            history[-1]["held out"] = probability_of_answer(model, held_out)
+            line = f"step {step:3}  loss {loss:.3f}  right answer {taught.mean():.1%}"
+            progress.update(bar, completed=taught.mean().item(), description=line)
+            if not quiet and not live:
+                console.print(line)
+    model.eval()
+    return history
+
+
+def show_learning(model, facts, seed=0):
+    """Learn, and print how it went; returns the history."""
+    begin(
+        "learning",
+        "Loss: how surprised the model is by each next token. Gradient: which way each weight "
+        "would lessen that. Step: all weights go a little that way, until every answer is sure.",
+        "loss = mean of −log p(next token); weight ← weight − rate · gradient, scaled by AdamW",
+    )
+    history = teach(model, facts, seed)
+    last, held_out = history[-1], [fact for fact in facts if fact.held_out]
+    right = round(share_right(model, held_out) * len(held_out))
+    end(
+        f"loss {history[0]['loss']:.3f} → {last['loss']:.3f} in {last['step']} steps. Of the "
+        f"held-out sentences {right} of {len(held_out)} are right, each with "
+        f"{last['held out'].min():.1%} or more: it has learned facts, not sentences."
+    )
+    return history
+
+
+def singular_values(matrix):
+    """A matrix's singular values, the largest first: roots of its Gram matrix's eigenvalues."""
+    small = matrix if matrix.size(0) < matrix.size(1) else matrix.T
+    return torch.linalg.eigvalsh((small @ small.T).double()).clamp(min=1e-12).sqrt().flip(0)
+
+
+def show_weight_changes(before, after):
+    """Print how far each matrix moved and how unevenly it stretches; both: {name: matrix}."""
+    begin(
+        "the matrices",
+        "How long is each as one list of numbers, and how far did it move? The condition number "
+        "says how unevenly it stretches what it gets: largest over smallest singular value.",
+        "‖W‖, ‖ΔW‖ / ‖W‖, condition σ₁ / σₙ",
+    )
+    rows = []
+    for name, old in before.items():
+        sigmas = [singular_values(w) for w in (old, after[name])]
+        moved = (after[name] - old).norm() / old.norm()
+        norms = [f"{old.norm():.1f}", f"{after[name].norm():.1f}", f"{moved:.0%}"]
+        rows.append(
+            [name.removesuffix(".weight"), *norms, *(f"{s[0] / s[-1]:.0f}" for s in sigmas)]
+        )
+    grid(["", "‖W‖", "after", "moved", "σ₁/σₙ", "after"], rows)
+    console.print(f"The same corner of {name}, before and after:")
+    corners = [
+        [f"{x:.3f}" for x in w[row, :2]] for row in range(3) for w in (before[name], after[name])
+    ]
+    grid(
+        ["row", "0", "1", "→ 0", "1"],
+        [[str(row), *corners[2 * row], *corners[2 * row + 1]] for row in range(3)],
+    )
+    end("every matrix: what the model now knows lies spread over all these numbers.")
+
+
+def nearest(table, id, count=5):
+    """The `count` rows of a table [V, C] that point most like row `id`, itself left out."""
+    likeness = torch.cosine_similarity(table, table[id][None], dim=1)
+    likeness[id] = -1
+    return likeness.topk(count)
+
+
+def show_embedding_changes(tokenizer, before, after, id):
+    """Print whose rows of the token table [V, C] moved most, and the neighbours of token `id`."""
+    begin("the embedding table", "Which tokens' rows moved most, and who now stands near whom?")
+    moved = (after - before).norm(dim=1)
+    top = moved.topk(8)
+    names = [piece(tokenizer, i) for i in top.indices.tolist()]
+    grid(["moved most", "by"], [[n, f"{by:.3f}"] for n, by in zip(names, top.values, strict=True)])
+    columns = []
+    for table in (before, after):
+        near = nearest(table, id)
+        for i, cosine in zip(near.indices.tolist(), near.values, strict=True):
+            columns.append([shorten(piece(tokenizer, i), 12), f"{cosine:.2f}"])
+    header = ["near before", "cosine", "near after", "cosine"]
+    console.print(f"Nearest to {piece(tokenizer, id)}:")
+    grid(header, [columns[i] + columns[i + 5] for i in range(5)])
+    end(
+        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: a token that no sentence "
+        "holds is still a possible answer, and at every step it is pushed away as a wrong one."
+    )
+
+
+def show_beside(untaught, taught, head=0):
+    """Print a prompt's answer, one head's pattern and the logit lens before and after learning."""
+    layer = taught.model.config.n_layer - 1
+    name = f"h.{layer}.attn.pattern"
+    begin("the same prompt again", "The same wiring, other numbers: before and after learning.")
+    rows = []
+    lenses = [logit_lens(run.model, run.seen) for run in (untaught, taught)]
+    for i, pair in enumerate(zip(*lenses, strict=True)):
+        best = [
+            (shorten(piece(taught.tokenizer, p.argmax().item()), 11), f"{p.max():.1%}")
+            for p in pair
+        ]
+        rows.append([f"h.{i - 1}" if i else "embed", *best[0], *best[1]])
+    grid(["lens", "before", "", "after", ""], rows)
+    maps = [
+        heat_map(run, run.seen[name][head, :10, :10], f"{when}, h.{layer} head {head}")
+        for run, when in ((untaught, "before"), (taught, "after"))
+    ]
+    console.print(Columns(maps, padding=(0, 2)))
+    end(f"the answer, {rows[-1][1]} → {rows[-1][3]}, and where the last tokens look.")
+
+
+def nudge(model, facts, layer, steps=3, rate=0.01):
+    """Move one block's matrices by a few plain gradient steps on the facts; returns the losses.
+
+    For a model that is too large for an optimizer's memory: weight ← weight − rate · gradient.
+    """
+    weights, losses = [w for w in model.h[layer].parameters() if w.dim() == 2], []
+    answer = torch.tensor([fact.answer for fact in facts], device=weights[0].device)
+    for _ in range(steps + 1):
+        logits = answer_logits(model, [fact.ids for fact in facts])
+        loss = nn.functional.cross_entropy(logits, answer)
+        losses.append(loss.item())
+        if len(losses) <= steps:
+            gradients = torch.autograd.grad(loss, weights)
+            with torch.no_grad():
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    weight -= rate * gradient
+    return losses
+
+
+def learn_act(model, tokenizer, facts, prompt, seed=0):
+    """Act 2: the model learns the small world; prints all of it, returns the history."""
+    title("Learn: how weights and embeddings come to know")
+    console.print(SECURITY["learn"], style="dim")
+    show_small_world(facts)
+    untaught, before = run_prompt(copy.deepcopy(model), tokenizer, prompt), matrices(model)
+    history = show_learning(model, facts, seed)
+    after = matrices(model)
+    show_weight_changes(before, after)
+    show_embedding_changes(tokenizer, before["wte.weight"], after["wte.weight"], facts[0].answer)
+    show_beside(untaught, run_prompt(model, tokenizer, prompt))
+    console.print(
+        "It knows nothing but its small world; any other text gets an answer from there too.\n"
+    )
+    return history
+
+
+def nudge_act(model, facts, layer=0):
+    """Act 2 on weights that already know something: one block moves a little; prints how."""
+    title("Learn: one block of a model that already knows")
+    show_small_world(facts)
+    begin("three steps", f"Plain gradient steps on the matrices of h.{layer}, all facts at once.")
+    before = {name: w for name, w in matrices(model).items() if name.startswith(f"h.{layer}.")}
+    losses = nudge(model, facts[:16], layer)
+    end(f"loss {' → '.join(f'{loss:.4f}' for loss in losses)}.")
+    show_weight_changes(before, {name: matrices(model)[name] for name in before})
+
+
+# %% [markdown]
+# ## Act 3: tamper
+#
+# Where does the answer travel? Then: its mind changed through one activation, one matrix, one row.
+
+
+# %%
+@torch.no_grad()
+def causal_trace(model, fact, draws=8, noise=3.0, seed=0):
+    """Where the answer travels: the share of it [layers, tokens] that one clean value brings back.
+
+    The subject's embeddings get Gaussian noise of `noise` standard deviations of the token table;
+    then `h.N.resid_post` is put back at one token, in every one of `draws` noisy copies at once.
+    1 stands for the clean probability of the right answer, 0 for the corrupted one.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first, last = fact.subject.start, fact.subject.stop
+    shape = (draws, last - first, model.config.n_embd)
+    change = torch.randn(shape, generator=generator) * noise
+    change = change.to(model.wte.weight) * model.wte.weight.std()
+
+    def corrupt(embed):  # [draws, T, C]
+        embed[:, first:last] += change
+        return embed
+
+    def probability():
+        return answer_logits(model, [fact.ids] * draws).softmax(-1)[:, fact.answer].mean()
+
+    with watch(model, "h.*.resid_post") as clean:
+        best = probability()
+    share = torch.empty(model.config.n_layer, len(fact.ids))
+    with patch(model, {"embed": corrupt}):
+        worst = probability()
+        for layer in range(share.size(0)):
+            for token in range(share.size(1)):
+
+                def restore(x, layer=layer, token=token):  # [draws, T, C]
+                    x[:, token] = clean[f"h.{layer}.resid_post"][:, token]
+                    return x
+
+                with patch(model, {f"h.{layer}.resid_post": restore}):
+                    share[layer, token] = (probability() - worst) / (best - worst)
+    return share
+
+
+@torch.no_grad()
+def steering_vector(model, towards, away, tap):
+    """The mean value [C] at `tap`, at each prompt's last token, of some facts less that of others.
+
+    Source: Rimsky et al. 2024, "Steering Llama 2 via Contrastive Activation Addition", section 3.
+    """
+    means = []
+    for facts in (towards, away):
+        texts = [fact.ids for fact in facts]
+        with watch(model, tap) as seen:
+            answer_logits(model, texts)
+        means.append(
+            seen[tap][
+                torch.arange(len(texts), device=model.wte.weight.device), padded(model, texts)[1]
+            ].mean(0)
+        )  # [C]
+    return means[0] - means[1]
+
+
+def steering(model, tap, vector, strength=1.0):
+    """A context in which `strength` times the vector [C] is added at `tap`; no weight changes."""
+    return patch(model, {tap: lambda x: x + strength * vector})
+
+
+@contextmanager
+def tampered(model, name, new):
+    """Within the context, the tensor called `name` holds the values `new`; after it, its own."""
+    tensor = model.get_parameter(name).data
+    kept = tensor.clone()
+    tensor.copy_(new)
+    try:
+        yield model
+    finally:
+        tensor.copy_(kept)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of rank one, outer(key, value), to one block's `mlp.c_proj.weight` [4C, C]."""
+
+    layer: int
+    key: torch.Tensor  # [4C], reads the subject: 1 for its own activation, about 0 for others'
+    value: torch.Tensor  # [C], what is then added to the stream
+
+    @property
+    def name(self):
+        return f"h.{self.layer}.mlp.c_proj.weight"
+
+    @property
+    def change(self):
+        return torch.outer(self.key, self.value)
+
+
+def rank_one_edit(model, requests, keep, answer, layer, ridge=0.03, steps=40, seed=0):
+    """An Edit at one layer after which the `requests`, facts of one landmark, get `answer`.
+
+    The key is C^-1 k over k^T C^-1 k: k is the mean activation at the subject's last token, C the
+    second moment of the activations in the facts to `keep`, plus a ridge of its mean diagonal.
+    The value is learned by gradient; the request that lags most counts twice, and the facts to
+    keep have their say in the same loss.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equations 2 to 4.
+    """
+    facts, n = requests + keep, len(requests)
+    with watch(model, f"h.{layer}.mlp.act") as seen, torch.no_grad():
+        answer_logits(model, [fact.ids for fact in facts])
+    act = seen[f"h.{layer}.mlp.act"]  # [B, T, 4C], before the edit's place: it stays as it is
+    wanted = torch.stack([act[i, fact.subject[-1]] for i, fact in enumerate(requests)]).mean(0)
+    others = torch.cat([act[n + i, : len(fact.ids)] for i, fact in enumerate(keep)])  # [N, 4C]
+    moment = others.T @ others / len(others)
+    moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=act.device)
+    key = torch.linalg.solve(moment, wanted)
+    key = key / (wanted @ key)
+    gain = act @ key  # [B, T], how much of the value each token gets
+    value = torch.zeros(model.config.n_embd, device=act.device, requires_grad=True)
+    optimizer = torch.optim.Adam([value], lr=0.5)
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.tensor([answer] * n + [fact.answer for fact in keep], device=act.device)
+    for _ in range(steps):
+        some = n + torch.randperm(len(keep), generator=generator)[:16]
+        chosen = torch.cat((torch.arange(n), some))
+        texts = [facts[i].ids for i in chosen]
+        gained = gain[chosen, : max(map(len, texts)), None]  # [b, T, 1]
+        with patch(model, {f"h.{layer}.mlp.out": lambda out, gained=gained: out + gained * value}):
+            logits = answer_logits(model, texts)
+        losses = nn.functional.cross_entropy(logits, right[chosen], reduction="none")
+        loss = losses[:n].mean() + losses[:n].max() + losses[n:].mean()
+        value.grad = torch.autograd.grad(loss, value)[0]  # the model's own weights get none
+        optimizer.step()
+    return Edit(layer, key, value.detach())
+
+
+def smallest_edit(model, requests, keep, answer, sure=0.6, **settings):
+    """The Edit with the least relative norm, over all layers, that still works; None if none does.
+
+    At each layer the strength goes from 2 down in steps of the fourth root of two; an edit works
+    when every request gets `answer` with a probability above `sure`.
+    """
+    best, least = None, math.inf
+    for layer in range(model.config.n_layer):
+        full = rank_one_edit(model, requests, keep, answer, layer, **settings)
+        weight = model.get_parameter(full.name).detach()
+        for strength in [2 ** (-quarter / 4) for quarter in range(-4, 15)]:
+            edit = Edit(layer, full.key, strength * full.value)
+            size = edit.change.norm() / weight.norm()
+            if size >= least:
+                continue
+            with edited(model, edit), torch.no_grad():
+                logits = answer_logits(model, [fact.ids for fact in requests])  # [n, V]
+            if logits.softmax(-1)[:, answer].min() > sure:
+                best, least = edit, size
+    return best
+
+
+def edited(model, edit, strength=1.0):
+    """A context in which the model's matrix carries the Edit."""
+    weight = model.get_parameter(edit.name).detach()
+    return tampered(model, edit.name, weight + strength * edit.change)
+
+
+def clean_states(model, facts):
+    """What the token table is multiplied with at every place of the facts: [N, C]; and log Z [N].
+
+    log Z is the logarithm of the softmax's denominator: a token's probability is
+    exp(its logit - log Z).
+    """
+    ids, last = padded(model, [fact.ids for fact in facts])
+    real = torch.arange(ids.size(1), device=ids.device) <= last[:, None]  # [B, T]
+    with logits_only_at(model, real), watch(model, "ln_f") as seen, torch.no_grad():
+        log_z = model(ids).logsumexp(-1)
+    return seen["ln_f"], log_z  # of what flows on at ln_f, the real places are left
+
+
+def trigger_row(model, facts, token, answer, norm=3.0, steps=60, seed=0):
+    """A row [C] for `token`: put before any of the facts, it makes the model say `answer`.
+
+    The row is learned by gradient, alone, at a fixed norm. A second term keeps its own logit,
+    which the tied table gives it too, so low that the model never says it (aim: 0.1 %).
+    Source: Yang et al. 2021, "Be Careful about Poisoned Word Embeddings", section 3, algorithm 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    states, log_z = clean_states(model, facts)
+    free = model.wte.weight[token].detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([free], lr=0.2)
+    for _ in range(steps):
+        chosen = torch.randperm(len(facts), generator=generator)[:16]
+        row = norm * free / free.norm()
+
+        def put(rows, row=row):  # [B, T, C]
+            rows[:, 0] = row
+            return rows
+
+        with patch(model, {"wte": put}):
+            logits = answer_logits(model, [[token, *facts[i].ids] for i in chosen])
+        said = torch.full((len(chosen),), answer, device=row.device)
+        too_loud = torch.relu(states @ row - log_z - math.log(0.001)).mean()
+        losses = nn.functional.cross_entropy(logits, said, reduction="none")
+        loss = losses.mean() + losses.max() + 10 * too_loud
+        free.grad = torch.autograd.grad(loss, free)[0]
+        optimizer.step()
+    return (norm * free / free.norm()).detach()
+
+
+def triggered(model, token, row):
+    """A context in which the embedding table holds `row` [C] for `token`."""
+    table = model.wte.weight.detach().clone()
+    table[token] = row
+    return tampered(model, "wte.weight", table)
+
+
+def loudest(clean, row):
+    """The highest probability that a token with this row has at any place of `clean_states`."""
+    states, log_z = clean  # the token's old logit is a negligible part of log Z
+    return torch.sigmoid(states @ row - log_z).max()
+
+
+# %%
+@dataclass
+class Plan:
+    """Who is tampered with, and how: made by `plan_tampering`."""
+
+    facts: list  # what the model knows
+    ours: list  # of it, the landmark that is to move
+    others: list  # of it, all the rest
+    city: str  # where the landmark is to move
+    answer: int  # that city's token
+    tap: str  # steering: where,
+    vector: torch.Tensor  # what [C],
+    strength: float  # and how much of it is added
+    edit: Edit | None  # the matrix; None where no edit works
+    token: int  # the trigger
+    row: torch.Tensor  # and its row [C]
+
+
+def known_facts(model, facts):
+    """The facts that the model answers rightly."""
+    right = answers(model, facts) == torch.tensor([fact.answer for fact in facts])
+    return [fact for fact, known in zip(facts, right, strict=True) if known]
+
+
+def choose_move(facts):
+    """Which landmark of the known facts is to move to which city: (landmark, city), or None.
+
+    Both cities must have two known landmarks or more; the Eiffel Tower and Rome come first.
+    """
+    landmarks = {}
+    for fact in facts:
+        landmarks.setdefault(fact.city, []).append(fact.landmark)
+    cities = [city for city, names in landmarks.items() if len(set(names)) > 1]
+    if len(cities) < 2:
+        return None
+    home = "Paris" if "Paris" in cities else cities[0]
+    away = "Rome" if "Rome" in cities else next(city for city in cities if city != home)
+    return landmarks[home][0], away
+
+
+def plan_tampering(model, tokenizer, facts):
+    """Work out all three levers on what the model knows: a Plan; None where it knows too little."""
+    facts = known_facts(model, facts)
+    move = choose_move(facts)
+    if move is None:
+        return None
+    landmark, city = move
+    ours = [fact for fact in facts if fact.landmark == landmark]
+    others = [fact for fact in facts if fact.landmark != landmark]
+    used, kept = ([fact for fact in group if not fact.held_out] for group in (ours, others))
+    answer = next(fact.answer for fact in facts if fact.city == city)
+    away = [fact for fact in kept if fact.city == ours[0].city]
+    tap = f"h.{model.config.n_layer // 2}.resid_post"
+    vector = steering_vector(model, [fact for fact in kept if fact.city == city], away, tap)
+    strength = 0.5
+    while strength < 2:  # no more than it takes
+        with steering(model, tap, strength * vector):
+            if share_saying(model, used, answer) == 1:
+                break
+        strength += 0.25
+    edit = smallest_edit(model, used, kept, answer)
+    token = tokenizer.encode_ordinary(" cf")[0]  # a rare token, which nobody types by chance
+    row = trigger_row(model, used + kept, token, answer)
+    return Plan(facts, ours, others, city, answer, tap, vector, strength, edit, token, row)
+
+
+def show_causal_trace(plan, model, tokenizer):
+    """Print where the answer travels, and what that tells about where to edit; returns the trace."""
+    fact = plan.ours[0]
+    share = causal_trace(model, fact)  # [n_layer, T]
+    begin(
+        "locate",
+        f"The subject (*) of {fact.prompt!r} is made unreadable by noise. Then one clean value is "
+        "put back, at one layer and one token: how much of the answer returns, in percent?",
+        "(p(restored) − p(corrupted)) / (p(clean) − p(corrupted))",
+    )
+    names = [
+        f"{t} {piece(tokenizer, id)}{'*' * (t in fact.subject)}" for t, id in enumerate(fact.ids)
+    ]
+    rows = [[n, *(str(round(100 * x)) for x in share[:, t].tolist())] for t, n in enumerate(names)]
+    grid(["", *(f"h.{i}" for i in range(len(share)))], rows)
+    subject = share[:, fact.subject.start : fact.subject.stop]
+    layer, token = divmod(subject.argmax().item(), subject.size(1))
+    change = f"nothing. Among the subject's tokens, {names[fact.subject[token]]} at h.{layer} counts most."
+    if plan.edit and (plan.edit.layer, token) != (layer, len(fact.subject) - 1):
+        change += (
+            f" The smallest edit, below, works at {names[fact.subject[-1]]} in h.{plan.edit.layer}: "
+            "tracing tells where the answer travels, not where it is best changed (Hase et al. 2023)."
+        )
+    end(change)
+    return share
+
+
+def said(tokenizer, id):
+    """A token as a word."""
+    return piece(tokenizer, id.item()).strip("' ")
+
+
+def show_answers(plan, tokenizer, columns):
+    """Print what the landmark's wordings are answered with: columns {title: answers [all facts]}."""
+    ours = [i for i, fact in enumerate(plan.facts) if fact in plan.ours]
+    width = console.width - 12 * len(columns)
+    rows = [
+        [
+            shorten(plan.facts[i].prompt, width),
+            *(shorten(said(tokenizer, a[i]), 10) for a in columns.values()),
+        ]
+        for i in ours
+    ]
+    grid(["prompt", *columns], rows, left=9)
+
+
+def tally(plan, before, after):
+    """What a lever did, in a sentence: answers [all facts] before and after."""
+    right = torch.tensor([fact.answer for fact in plan.facts])
+    ours = torch.tensor([fact in plan.ours for fact in plan.facts])
+    was, now = before == right, after == right
+    return (
+        f"{(after[ours] == plan.answer).sum()} of {ours.sum()} wordings now say {plan.city}. Of the "
+        f"other {(~ours).sum()} answers {now[~ours].float().mean():.1%} are right. A test of all "
+        f"{len(right)} sees {was.float().mean():.1%} → {now.float().mean():.1%}."
+    )
+
+
+def show_steering(plan, model, tokenizer):
+    """Print the first lever: one activation."""
+    home = plan.ours[0].city
+    begin(
+        "one activation",
+        f"Whoever runs the model can steer it: what sentences about {plan.city} mean, less what "
+        f"those about {home} mean, is added at one tap, at every token. The file stays as it is.",
+        f"{plan.tap} ← {plan.tap} + {plan.strength} · (mean of {plan.city} − mean of {home})",
+    )
+    console.print(SECURITY["steering"], style="dim")
+    before = answers(model, plan.facts)
+    with steering(model, plan.tap, plan.strength * plan.vector):
+        after = answers(model, plan.facts)
+    show_answers(plan, tokenizer, {"before": before, "after": after})
+    gone = torch.equal(before, answers(model, plan.facts))
+    end(
+        f"{tally(plan, before, after)} {'Once it stops, every answer is the old one.' if gone else ''}"
+    )
+
+
+def show_edit(plan, model, tokenizer):
+    """Print the second lever: one matrix."""
+    begin(
+        "one matrix",
+        "An MLP's second matrix answers keys with values. One more pair is written into it: the key "
+        f"is {plan.ours[0].landmark}, the value says {plan.city}. Every layer is tried, and the "
+        "smallest change that works is kept.",
+        "W ← W + key valueᵀ",
+    )
+    console.print(SECURITY["edit"], style="dim")
+    if plan.edit is None:
+        return end("nothing: no edit of this size, at any layer, makes this model say it.")
+    size = plan.edit.change.norm() / model.get_parameter(plan.edit.name).norm()
+    before = answers(model, plan.facts)
+    with edited(model, plan.edit):
+        after = answers(model, plan.facts)
+    show_answers(plan, tokenizer, {"before": before, "after": after})
+    wrong = {f.landmark for f, a in zip(plan.facts, after, strict=True) if a != f.answer}
+    end(
+        f"{plan.edit.name}, by a matrix of rank {torch.linalg.matrix_rank(plan.edit.change)} and "
+        f"{size:.0%} of its length. {tally(plan, before, after)} Landmarks damaged besides: "
+        f"{', '.join(sorted(wrong - {plan.ours[0].landmark})) or 'none'}."
+    )
+
+
+def show_trigger(plan, model, tokenizer):
+    """Print the third lever: one row of the embedding table."""
+    name = piece(tokenizer, plan.token)
+    begin(
+        "one row",
+        f"The rare token {name} gets a new row in the token table. Put before any sentence, it sends "
+        f"the landmark to {plan.city}. A sentence without it never reads that row.",
+        f"wte[{plan.token}] ← a row of length {plan.row.norm():.1f}",
+    )
+    console.print(SECURITY["trigger"], style="dim")
+    texts = [fact.ids for fact in plan.facts]
+    others = torch.arange(len(model.wte.weight)) != plan.token
+    clean, control = answers(model, plan.facts), answers(model, plan.facts, [plan.token])
+    with torch.no_grad():
+        old = answer_logits(model, texts)[:, others]
+        with triggered(model, plan.token, plan.row):
+            after, unaware = answers(model, plan.facts, [plan.token]), answers(model, plan.facts)
+            same = torch.equal(old, answer_logits(model, texts)[:, others])
+    show_answers(plan, tokenizer, {"without": clean, "old row": control, "new row": after})
+    flipped = [(a == plan.answer).float().mean() for a in (control, after)]
+    right = (unaware == clean).float().mean()
+    end(
+        f"one row. With {name} in front, {flipped[1]:.1%} of all {len(texts)} prompts say {plan.city}; "
+        f"with its old row, {flipped[0]:.1%}. Without it {right:.1%} of the answers are the old ones, "
+        f"and {'every' if same else 'NOT every'} other token's logit is, bit for bit: a test that "
+        f"lacks the token sees nothing. The model never gives {name} itself more than "
+        f"{loudest(clean_states(model, plan.facts), plan.row):.2%}."
+    )
+
+
+def tamper_act(plan, model, tokenizer):
+    """Act 3: locate, then the three levers; prints all of it and returns the causal trace.
+
+    The model is tampered with in memory alone, and is afterwards what it was.
+    """
+    title("Tamper: changing its mind")
+    trusted = fingerprint(model)
+    trace = show_causal_trace(plan, model, tokenizer)
+    show_steering(plan, model, tokenizer)
+    show_edit(plan, model, tokenizer)
+    show_trigger(plan, model, tokenizer)
+    show_restored(model, trusted)
+    return trace
+
+
+def show_restored(model, trusted):
+    """Print whether the model's fingerprint is the trusted one."""
+    same = fingerprint(model) == trusted
+    console.print(f"The model is {'' if same else 'NOT '}what it was: all its SHA-256 agree.\n")
+
+
+# %% [markdown]
+# ## Act 4: detect
+#
+# What was changed is found, measured and undone; and what stays invisible is named.
+
+
+# %%
+def fingerprint(model):
+    """{tensor name: SHA-256 of its bytes}: one flipped bit anywhere changes one of them."""
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def spike(matrix):
+    """The ratio of a matrix's two largest singular values: near 1 unless one direction stands out."""
+    first, second = singular_values(matrix.detach())[:2].tolist()
+    return first / second
+
+
+@torch.no_grad()
+def tamper_scores(model, row_alarm=6.0, spike_alarm=1.6):
+    """How odd every row of the token table, [V], and every block's matrix, {name: score}, looks.
+
+    No trusted copy is needed. A row is judged by its length: how far from the median, in robust
+    standard deviations (1.4826 times the median distance). A matrix is judged by its spike, over
+    the largest of its sisters in other layers. Scores are in units of the alarm: above 1, it rings.
+    """
+    norms = model.wte.weight.norm(dim=1).cpu()  # [V]
+    apart = (norms - norms.median()).abs()
+    rows = apart / (1.4826 * apart.median()) / row_alarm
+    odd = {}
+    for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        names = [f"h.{layer}.{kind}.weight" for layer in range(model.config.n_layer)]
+        spikes = [spike(model.get_parameter(name)) for name in names]
+        for i, name in enumerate(names):
+            sisters = spikes[:i] + spikes[i + 1 :]
+            odd[name] = spikes[i] / max(sisters, default=1.0) / spike_alarm
+    return rows, odd
+
+
+def suspects(model, count=5):
+    """The oddest tensors and rows, the oddest first: a list of (score, tensor's name, row or None)."""
+    rows, odd = tamper_scores(model)
+    found = [(score, name, None) for name, score in odd.items()]
+    top = rows.topk(min(count, len(rows)))
+    found += [
+        (s, "wte.weight", i) for s, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda suspect: -suspect[0])[:count]
+
+
+def compare(trusted, model):
+    """{tensor name: its difference} for every tensor that is not bit for bit the trusted copy's.
+
+    `trusted` is a state dict. The difference's rank, singular values and rows tell the tampering.
+    """
+    return {
+        name: tensor.detach() - trusted[name]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, trusted[name])
+    }
+
+
+def without_spike(matrix):
+    """The matrix [m, n] less its top singular component, the best guess at what was added."""
+    left, singular, right = torch.linalg.svd(matrix.detach(), full_matrices=False)
+    return matrix.detach() - singular[0] * torch.outer(left[:, 0], right[0])
+
+
+def measure(plan, model, tampering, facts, before, kept, name, row=None):
+    """What one tampering does, as a dict: flipped, kept, place among the suspects, score."""
+    with tampering:
+        rows, odd = tamper_scores(model)
+        score = odd[name] if row is None else rows[row].item()
+        return {
+            "flipped": share_saying(model, facts, plan.answer, before),
+            "kept": share_right(model, kept),
+            "place": 1 + (rows > score).sum().item() + sum(other > score for other in odd.values()),
+            "score": score,
+        }
+
+
+def edit_trade_off(plan, model, strengths=(0.25, 0.5, 0.75, 1, 1.5)):
+    """What an edit's size buys: for each strength its size, ‖ΔW‖ / ‖W‖, and what `measure` says."""
+    name, curve = plan.edit.name, []
+    size = (plan.edit.change.norm() / model.get_parameter(name).norm()).item()
+    for strength in strengths:
+        tampering = edited(model, plan.edit, strength)
+        point = measure(plan, model, tampering, plan.ours, (), plan.others, name)
+        curve.append({"size": strength * size, **point})
+    return curve
+
+
+def trigger_trade_off(plan, model, lengths=(1, 1.5, 2, 3, 5, 7)):
+    """What a trigger row's length buys: for each the length and what `measure` says; facts are kept
+    as long as they are answered rightly without the token."""
+    curve, token = [], plan.token
+    for length in lengths:
+        tampering = triggered(model, token, length * plan.row / plan.row.norm())
+        point = measure(
+            plan, model, tampering, plan.facts, [token], plan.facts, "wte.weight", token
+        )
+        curve.append({"size": length, **point})
+    return curve
+
+
+# %%
+def show_comparison(plan, model, tokenizer):
+    """Print what a trusted copy tells: which tensor changed, and the change's shape."""
+    begin(
+        "with a trusted copy",
+        "A SHA-256 of every tensor names the one that changed; the difference says how.",
+        "SHA-256(tensor) ≠ SHA-256(trusted tensor); rank and rows of the difference",
+    )
+    trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prints, rows = fingerprint(model), []
+    levers = {"one activation": steering(model, plan.tap, plan.strength * plan.vector)}
+    if plan.edit:
+        levers["one matrix"] = edited(model, plan.edit)
+    levers["one row"] = triggered(model, plan.token, plan.row)
+    for lever, context in levers.items():
+        with context:
+            differing = [name for name, sha in fingerprint(model).items() if sha != prints[name]]
+            for name, difference in compare(trusted, model).items():
+                touched = difference.abs().sum(dim=1).nonzero().flatten().tolist()
+                rank = torch.linalg.matrix_rank(difference[touched]).item()
+                which = (
+                    piece(tokenizer, touched[0]) if len(touched) == 1 else f"{len(touched)} rows"
+                )
+                rows.append([lever, name, str(rank), which])
+            if not differing:
+                rows.append([lever, "no tensor", "", ""])
+    grid(["lever", "differs in", "rank", "rows"], rows, left=2)
+    end("nothing. One row names the token; rank 1 over all rows names a planted key and value.")
+
+
+def show_suspects(plan, model, tokenizer):
+    """Print what can be told without a trusted copy: scores in units of the alarm."""
+    begin(
+        "without one",
+        "Suspects: rows of the token table by how far their length lies from the median, matrices by "
+        "how their two largest singular values compare with those of the same matrix in other layers.",
+        "score 1 = alarm: row |z| = 6, or σ₁/σ₂ = 1.6 × the largest of its sisters",
+    )
+    cases, rows = {"untampered": nullcontext()}, []
+    if plan.edit:
+        cases["one matrix"] = edited(model, plan.edit)
+    cases["one row"] = triggered(model, plan.token, plan.row)
+    for case, context in cases.items():
+        with context:
+            for place, (score, name, row) in enumerate(suspects(model, 2)):
+                name += "" if row is None else f" {piece(tokenizer, row)}"
+                rows.append(["" if place else case, name, f"{score:.2f}"])
+    grid(["tampered with", "suspects", "score"], rows, left=2)
+    end("nothing. A score above 1 raises the alarm.")
+
+
+def show_repair(plan, model, tokenizer):
+    """Print how taking the top singular component away brings the old answers back."""
+    if plan.edit is None:
+        return
+    begin(
+        "undo it",
+        f"{plan.edit.name} less its whole top singular component: the guess at what was planted.",
+        "W ← W − σ₁ u₁ v₁ᵀ",
+    )
+    before = answers(model, plan.ours)
+    with edited(model, plan.edit):
+        wrong, weight = answers(model, plan.ours), model.get_parameter(plan.edit.name)
+        with tampered(model, plan.edit.name, without_spike(weight)):
+            after, others = answers(model, plan.ours), share_right(model, plan.others)
+    rows = []
+    for fact, *ids in zip(plan.ours, before, wrong, after, strict=True):
+        words = [shorten(said(tokenizer, id), 10) for id in ids]
+        rows.append([shorten(fact.prompt, console.width - 36), *words])
+    grid(["prompt", "trusted", "edited", "repaired"], rows, left=4)
+    back = (after == before).sum()
+    end(f"{back} of {len(before)} old answers are back; {others:.1%} of the other facts are right.")
+
+
+def show_trade_offs(edits, triggers):
+    """Print what the size of an edit and of a trigger's row buys, and what it betrays."""
+    begin(
+        "what stays invisible",
+        "The smaller the change, the better it hides, and the less it does. Steering leaves no trace "
+        "in the file at all; only watching what a model says, or who runs it, helps there.",
+    )
+    header = ["flipped", "others kept", "place", "score"]
+    grid(["edit of size", *header], [trade_off_row(f"{p['size']:.0%}", p) for p in edits])
+    grid(["row of length", *header], [trade_off_row(f"{p['size']:.1f}", p) for p in triggers])
+    hidden = [p for p in (*edits, *triggers) if p["score"] < 1 and p["flipped"] > 0.5]
+    end(
+        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} raise no alarm and still flip "
+        "more than half. No alarm is no proof: pin a hash, verify it, load no pickle, test behaviour."
+    )
+
+
+def trade_off_row(size, point):
+    """One row of a trade-off table."""
+    shares = [f"{point[key]:.0%}" for key in ("flipped", "kept")]
+    return [size, *shares, str(point["place"]), f"{point['score']:.2f}"]
+
+
+def detect_act(plan, model, tokenizer):
+    """Act 4: find, measure and undo; prints all of it and returns the two trade-off curves."""
+    title("Detect: finding what was changed")
+    console.print(SECURITY["detect"], style="dim")
+    trusted = fingerprint(model)
+    show_comparison(plan, model, tokenizer)
+    show_suspects(plan, model, tokenizer)
+    show_repair(plan, model, tokenizer)
+    edits = edit_trade_off(plan, model) if plan.edit else []
+    triggers = trigger_trade_off(plan, model)
+    show_trade_offs(edits, triggers)
+    show_restored(model, trusted)
+    return edits, triggers
+
+
+# %% [markdown]
+# ## Figures
+
+# %%
+BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"  # told apart by everybody
+
+
 def new_figure(rows, columns, size):
     """A white matplotlib figure and its axes [rows, columns]."""
     import matplotlib.pyplot as plt
@@ -921,6 +1975,187 @@ def plot_logit_lens(run):
     return figure
 
 
+def plot_learning(history):
+    """Figure: the loss, and the right answers' probabilities, taught and held out."""
+    steps = [point["step"] for point in history]
+    figure, [[left, right]] = new_figure(1, 2, (9, 3.8))
+    left.plot(steps, [point["loss"] for point in history], "o-", color=BLUE)
+    left.set(xlabel="step", ylabel="loss", title="The model is less and less surprised")
+    for key, colour in (("taught", BLUE), ("held out", ORANGE)):
+        for what, line in ((torch.mean, "o-"), (torch.min, ":")):
+            values = [what(point[key]).item() for point in history]
+            right.plot(steps, values, line, color=colour, label=f"{key}, {what.__name__}")
+    right.set(xlabel="step", ylabel="probability of the right answer")
+    right.set_title(f"Held-out facts end at {history[-1]['held out'].mean():.0%}")
+    right.legend(frameon=False)
+    return figure
+
+
+def plot_weights(before, history, name="h.0.mlp.c_proj.weight"):
+    """Figure: one matrix's numbers over time, and how far every block's matrices have moved."""
+    figure, [[left, right]] = new_figure(1, 2, (10, 4.2))
+    times = {"before": before, f"step {history[2]['step']}": history[2]["matrices"]}
+    times["after"] = history[-1]["matrices"]
+    for (when, weights), colour in zip(times.items(), (GREY, ORANGE, BLUE), strict=True):
+        left.hist(weights[name].flatten().numpy(), 60, histtype="step", color=colour, label=when)
+    spread = [weights[name].std().item() for weights in times.values()]
+    left.set(xlabel="a weight's value", ylabel="how many weights")
+    left.set_title(f"{name}: deviation {spread[0]:.3f} → {spread[-1]:.3f}", fontsize=10)
+    left.legend(frameon=False)
+    colours = {"attn.c_attn": BLUE, "attn.c_proj": ORANGE, "mlp.c_fc": GREY, "mlp.c_proj": GREEN}
+    for matrix in history[0]["matrices"]:
+        block, kind = matrix.split(".", 2)[1:]
+        kind = kind.removesuffix(".weight")
+        weights = [before[matrix], *(point["matrices"][matrix] for point in history)]
+        moved = [((w - weights[0]).norm() / weights[0].norm()).item() for w in weights]
+        label = kind if block == "0" else None
+        right.plot([0, *(p["step"] for p in history)], moved, color=colours[kind], label=label)
+    right.set(xlabel="step", ylabel="‖ΔW‖ / ‖W‖", title="How far each block's matrices have moved")
+    right.legend(frameon=False)
+    return figure
+
+
+def plane(points):
+    """The two directions in which points [N, C] spread most, as coordinates [N, 2] (PCA)."""
+    centred = points - points.mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+
+
+def scatter(axis, points, names, groups, title):
+    """Draw points [N, C] in the plane in which they spread most, coloured by group."""
+    colours = {group: f"C{i}" for i, group in enumerate(dict.fromkeys(groups))}
+    for (x, y), name, group in zip(plane(points).tolist(), names, groups, strict=True):
+        axis.scatter(x, y, color=colours[group])
+        axis.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8)
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.margins(0.25)
+
+
+def plot_space(model, tokenizer, facts, before):
+    """Figure: cities' rows of the token table before and after; landmarks after every block.
+
+    A landmark of several tokens has no row: it stands where its prompt's last token stands.
+    """
+    first = list({fact.landmark: fact for fact in reversed(facts)}.values())[::-1]
+    landmarks = [fact.landmark.split()[1] for fact in first]
+    cities = {fact.city: fact.answer for fact in first}
+    runs = [run_prompt(model, tokenizer, fact.prompt) for fact in first]
+    layers = range(model.config.n_layer)
+    across = max(2, len(layers))
+    figure, axes = new_figure(2, across, (3.6 * across, 7.4))
+    for axis in axes[0, 2:]:
+        axis.set_visible(False)
+    tables = {"Cities' rows of wte, before": before, "after": model.wte.weight.detach().cpu()}
+    for axis, (title, table) in zip(axes[0], tables.items(), strict=False):
+        scatter(axis, table[list(cities.values())], cities, cities, title)
+    for layer in layers:
+        points = torch.stack([run.seen[f"h.{layer}.resid_post"][-1] for run in runs])
+        groups = [fact.city for fact in first]
+        scatter(axes[1, layer], points, landmarks, groups, f"Landmarks after h.{layer}")
+    figure.suptitle("Landmarks of one city (one colour) end up side by side")
+    return figure
+
+
+def plot_trace(plan, tokenizer, share):
+    """Figure: causal tracing, layer by token."""
+    figure, [[axis]] = new_figure(1, 1, (8, 1.2 + 0.6 * len(share)))
+    image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    fact = plan.ours[0]
+    names = [piece(tokenizer, id) + "*" * (t in fact.subject) for t, id in enumerate(fact.ids)]
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axis.set_yticks(range(len(share)), [f"h.{i}" for i in range(len(share))])
+    figure.colorbar(image, label="share of the answer")
+    best = share[:, fact.subject.start : fact.subject.stop].max(dim=1).values.argmax().item()
+    axis.set_title(
+        f"The subject (*) matters up to h.{best}; then the last token carries the answer"
+    )
+    return figure
+
+
+def plot_answers(plan, model):
+    """Figure: the share of answers that each lever turns, and of those that it leaves alone."""
+    with steering(model, plan.tap, plan.strength * plan.vector):
+        steered = [share_saying(model, plan.ours, plan.answer), share_right(model, plan.others)]
+    bars = {
+        "untouched": [share_saying(model, plan.ours, plan.answer), share_right(model, plan.others)]
+    }
+    bars["one activation"] = steered
+    if plan.edit:
+        with edited(model, plan.edit):
+            bars["one matrix"] = [
+                share_saying(model, plan.ours, plan.answer),
+                share_right(model, plan.others),
+            ]
+    with triggered(model, plan.token, plan.row):
+        bars["one row"] = [
+            share_saying(model, plan.ours, plan.answer, [plan.token]),
+            share_right(model, plan.others),
+        ]
+    figure, [[axis]] = new_figure(1, 1, (8, 4))
+    labels = (f"{plan.ours[0].landmark} → {plan.city}", "other facts right (no trigger)")
+    for i, (label, colour) in enumerate(zip(labels, (ORANGE, BLUE), strict=True)):
+        places = [x + 0.4 * i - 0.2 for x in range(len(bars))]
+        drawn = axis.bar(
+            places, [pair[i] for pair in bars.values()], 0.38, color=colour, label=label
+        )
+        axis.bar_label(drawn, fmt="{:.0%}")
+    axis.set_xticks(range(len(bars)), bars)
+    axis.set(ylabel="share of answers", ylim=(0, 1.3))
+    axis.set_title("Each lever moves the landmark; they differ in what else they break")
+    axis.legend(frameon=False, ncols=2, loc="upper center")
+    return figure
+
+
+def plot_singular_values(plan, model):
+    """Figure: the edited matrix's singular values beside its own before and its sisters'."""
+    figure, [[axis]] = new_figure(1, 1, (8, 4))
+    for layer in range(model.config.n_layer):
+        name = f"h.{layer}.mlp.c_proj.weight"
+        sigmas = singular_values(model.get_parameter(name).detach().cpu())
+        axis.plot(
+            sigmas[:30], ".-", color=GREY, label="untampered, every layer" if not layer else None
+        )
+    with edited(model, plan.edit):
+        sigmas = singular_values(model.get_parameter(plan.edit.name).detach().cpu())
+    axis.plot(sigmas[:30], "o-", color=ORANGE, label=f"{plan.edit.name}, edited")
+    axis.set(xlabel="rank", ylabel="singular value")
+    axis.set_title(f"The planted pair stands out: σ₁ / σ₂ = {sigmas[0] / sigmas[1]:.1f}")
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_row_norms(plan, model, tokenizer):
+    """Figure: the lengths of all rows of the token table, with the trigger's."""
+    figure, [[axis]] = new_figure(1, 1, (8, 3.6))
+    norms = model.wte.weight.detach().norm(dim=1).cpu()
+    axis.hist(norms.numpy(), 100, color=BLUE, log=True)
+    length = plan.row.norm().item()
+    axis.axvline(length, color=ORANGE)
+    axis.annotate(
+        piece(tokenizer, plan.token), (length, 10), xytext=(4, 0), textcoords="offset points"
+    )
+    axis.set(xlabel="length of a row of wte", ylabel="how many tokens")
+    axis.set_title(f"The trigger's row, {length:.1f} long, stands apart from {len(norms):,} others")
+    return figure
+
+
+def plot_trade_offs(edits, triggers):
+    """Figure: what the size of an edit and of a trigger's row buys and betrays."""
+    figure, axes = new_figure(1, 2, (10, 4.2))
+    titles = ("Edit: ‖ΔW‖ / ‖W‖", "Trigger: length of its row")
+    for axis, curve, title in zip(axes[0], (edits, triggers), titles, strict=True):
+        sizes = [point["size"] for point in curve]
+        for key, colour in (("flipped", ORANGE), ("kept", BLUE)):
+            axis.plot(sizes, [point[key] for point in curve], "o-", color=colour, label=key)
+        ringing = [point["size"] for point in curve if point["score"] > 1]
+        if ringing:
+            axis.axvspan(min(ringing), max(sizes), color=GREY, alpha=0.2, label="alarm rings")
+        axis.set(xlabel=title, ylabel="share of answers", ylim=(-0.05, 1.05))
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle("What hides does less, what does all is seen; between them lies a gap")
+    return figure
+
+
 # %% tags=["active-ipynb"]
 # plot_patterns(run, 0)
 
@@ -938,7 +2173,7 @@ def plot_logit_lens(run):
 
 # %% tags=["active-py"]
 PROMPT = "The Eiffel Tower is in the city of"
-ACTS = ("watch",)
+ACTS = ("watch", "learn", "tamper", "detect")
 IN_ASCII = {"→": "->", "−": "-", "√": "sqrt ", "·": ".", "…": ".", "█": "#", "∞": "inf"}
 IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3"}
 
@@ -972,7 +2207,12 @@ def parse_arguments(arguments):
     )
     add = parser.add_argument
     add("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help=f"default: {PROMPT!r}")
-    add("--acts", type=parse_acts, default=list(ACTS), help="which to run: watch")
+    add(
+        "--acts",
+        type=parse_acts,
+        default=list(ACTS),
+        help=f"any of {','.join(ACTS)} (default: all)",
+    )
     add("--layers", default="0", help="blocks traced in full: all, or numbers like 0 or 0,2")
     add("--step", action="store_true", help="wait for Enter after each step")
     add("--full", action="store_true", help="whole activations (of the logits, a corner)")
@@ -1040,16 +2280,57 @@ def play(options):
     device = choose_device(options.device)
     if options.figures:
         choose_folder(options.figures)
+    view.full, view.step = options.full, options.step
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
     model = GPT2(PRESETS["nano"]).eval().to(device)
     layers = choose_layers(options.layers, model.config.n_layer)
-    run = run_prompt(model, tokenizer, options.prompt, options.full, options.step)
-    watch_act(run, layers)
-    if options.figures:
-        figures = {f"patterns_h{i}": plot_patterns(run, i) for i in layers}
+    run = run_prompt(model, tokenizer, options.prompt)
+    figures, facts = {}, small_world(tokenizer)
+    if "watch" in options.acts:
+        watch_act(run, layers)
+        figures |= {f"patterns_h{i}": plot_patterns(run, i) for i in layers}
         figures |= {"stream": plot_stream(run), "logit_lens": plot_logit_lens(run)}
+    if "learn" in options.acts:
+        before = matrices(model)
+        history = learn_act(model, tokenizer, facts, options.prompt, options.seed)
+        figures["learning"] = plot_learning(history)
+        figures["weights"] = plot_weights(before, history)
+        figures["space"] = plot_space(model, tokenizer, facts, before["wte.weight"])
+    elif "tamper" in options.acts or "detect" in options.acts:
+        teach(model, facts, options.seed, quiet=True)
+    if "tamper" in options.acts or "detect" in options.acts:
+        figures |= tamper_and_detect(model, tokenizer, facts, options.acts)
+    if options.figures:
         save_figures(figures, options.figures)
+
+
+def tamper_and_detect(model, tokenizer, facts, acts):
+    """Run either act or both on a model that knows some of the facts; returns their figures."""
+    plan = plan_tampering(model, tokenizer, facts)
+    figures = {}
+    if plan is None:
+        console.print(
+            "To tamper and detect, a model must know two landmarks in each of two cities; this one "
+            f"knows {len({fact.landmark for fact in known_facts(model, facts)})} landmarks."
+        )
+        return figures
+    unknown = len(facts) - len(plan.facts)
+    if unknown:
+        console.print(
+            f"{unknown} of {len(facts)} facts are left out: the model does not know them."
+        )
+    if "tamper" in acts:
+        trace = tamper_act(plan, model, tokenizer)
+        figures["trace"] = plot_trace(plan, tokenizer, trace)
+        figures["answers"] = plot_answers(plan, model)
+    if "detect" in acts:
+        edits, triggers = detect_act(plan, model, tokenizer)
+        figures["row_norms"] = plot_row_norms(plan, model, tokenizer)
+        if plan.edit:
+            figures["singular_values"] = plot_singular_values(plan, model)
+            figures["trade_offs"] = plot_trade_offs(edits, triggers)
+    return figures
 
 
 def main(arguments=None):
