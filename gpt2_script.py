@@ -455,7 +455,12 @@ def pick(count, most):
 
 
 def grid(header, rows, left=1):
-    """Print a plain table: `left` columns of text, then columns of numbers."""
+    """Print a plain table: `left` columns of text, then columns of numbers; too wide, in parts."""
+    widths = [1 + max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
+    if sum(widths) > console.width and len(header) > 3:
+        half = 1 + len(header) // 2
+        grid(header[:half], [row[:half] for row in rows], left)
+        return grid([header[0], *header[half:]], [[row[0], *row[half:]] for row in rows], left)
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for i, title in enumerate(header):
         table.add_column(title, justify="left" if i < left else "right", no_wrap=True)
@@ -1131,7 +1136,7 @@ def show_weight_changes(before, after):
         [f"{x:.3f}" for x in w[row, :2]] for row in range(3) for w in (before[name], after[name])
     ]
     grid(
-        ["row", "0", "1", "→ 0", "1"],
+        ["row", "0", "1", "new 0", "1"],
         [[str(row), *corners[2 * row], *corners[2 * row + 1]] for row in range(3)],
     )
     end("every matrix: what the model now knows lies spread over all these numbers.")
@@ -1160,8 +1165,8 @@ def show_embedding_changes(tokenizer, before, after, id):
     console.print(f"Nearest to {piece(tokenizer, id)}:")
     grid(header, [columns[i] + columns[i + 5] for i in range(5)])
     end(
-        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: a token that no sentence "
-        "holds is still a possible answer, and at every step it is pushed away as a wrong one."
+        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: a token in no sentence "
+        "is still a possible answer, and every step pushes it away as a wrong one."
     )
 
 
@@ -1208,7 +1213,7 @@ def nudge(model, facts, layer, steps=3, rate=0.01):
 
 def learn_act(model, tokenizer, facts, prompt, seed=0):
     """Act 2: the model learns the small world; prints all of it, returns the history."""
-    title("Learn: how weights and embeddings come to know")
+    title("Learn: how weights come to know")
     console.print(SECURITY["learn"], style="dim")
     show_small_world(facts)
     untaught, before = run_prompt(copy.deepcopy(model), tokenizer, prompt), matrices(model)
@@ -1522,7 +1527,7 @@ def plan_tampering(model, tokenizer, facts):
 
 
 def show_causal_trace(plan, model, tokenizer):
-    """Print where the answer travels, and what that tells about where to edit; returns the trace."""
+    """Print where the answer travels, and what that says about where to edit; return the trace."""
     fact = plan.ours[0]
     share = causal_trace(model, fact)  # [n_layer, T]
     begin(
@@ -1538,11 +1543,11 @@ def show_causal_trace(plan, model, tokenizer):
     grid(["", *(f"h.{i}" for i in range(len(share)))], rows)
     subject = share[:, fact.subject.start : fact.subject.stop]
     layer, token = divmod(subject.argmax().item(), subject.size(1))
-    change = f"nothing. Among the subject's tokens, {names[fact.subject[token]]} at h.{layer} counts most."
+    change = f"nothing. Of the subject, {names[fact.subject[token]]} at h.{layer} counts most."
     if plan.edit and (plan.edit.layer, token) != (layer, len(fact.subject) - 1):
         change += (
-            f" The smallest edit, below, works at {names[fact.subject[-1]]} in h.{plan.edit.layer}: "
-            "tracing tells where the answer travels, not where it is best changed (Hase et al. 2023)."
+            f" The smallest edit, below, works on {names[fact.subject[-1]]} in h.{plan.edit.layer}:"
+            " tracing says where the answer travels, not where to change it (Hase et al. 2023)."
         )
     end(change)
     return share
@@ -1554,7 +1559,7 @@ def said(tokenizer, id):
 
 
 def show_answers(plan, tokenizer, columns):
-    """Print what the landmark's wordings are answered with: columns {title: answers [all facts]}."""
+    """Print what the landmark's wordings are answered with; columns: {title: answers to all}."""
     ours = [i for i, fact in enumerate(plan.facts) if fact in plan.ours]
     width = console.width - 12 * len(columns)
     rows = [
@@ -1573,9 +1578,9 @@ def tally(plan, before, after):
     ours = torch.tensor([fact in plan.ours for fact in plan.facts])
     was, now = before == right, after == right
     return (
-        f"{(after[ours] == plan.answer).sum()} of {ours.sum()} wordings now say {plan.city}. Of the "
-        f"other {(~ours).sum()} answers {now[~ours].float().mean():.1%} are right. A test of all "
-        f"{len(right)} sees {was.float().mean():.1%} → {now.float().mean():.1%}."
+        f"{(after[ours] == plan.answer).sum()} of {ours.sum()} wordings now say {plan.city}. Of "
+        f"the other {(~ours).sum()} answers {now[~ours].float().mean():.1%} are right. A test of "
+        f"all {len(right)} sees {was.float().mean():.1%} → {now.float().mean():.1%}."
     )
 
 
@@ -1594,17 +1599,15 @@ def show_steering(plan, model, tokenizer):
         after = answers(model, plan.facts)
     show_answers(plan, tokenizer, {"before": before, "after": after})
     gone = torch.equal(before, answers(model, plan.facts))
-    end(
-        f"{tally(plan, before, after)} {'Once it stops, every answer is the old one.' if gone else ''}"
-    )
+    end(f"{tally(plan, before, after)} {'It ends without a trace.' if gone else ''}")
 
 
 def show_edit(plan, model, tokenizer):
     """Print the second lever: one matrix."""
     begin(
         "one matrix",
-        "An MLP's second matrix answers keys with values. One more pair is written into it: the key "
-        f"is {plan.ours[0].landmark}, the value says {plan.city}. Every layer is tried, and the "
+        "An MLP's second matrix answers keys with values. One more pair is written into it: the "
+        f"key is {plan.ours[0].landmark}, the value says {plan.city}. Every layer is tried, the "
         "smallest change that works is kept.",
         "W ← W + key valueᵀ",
     )
@@ -1629,8 +1632,8 @@ def show_trigger(plan, model, tokenizer):
     name = piece(tokenizer, plan.token)
     begin(
         "one row",
-        f"The rare token {name} gets a new row in the token table. Put before any sentence, it sends "
-        f"the landmark to {plan.city}. A sentence without it never reads that row.",
+        f"The rare token {name} gets a new row in the token table. Put before any sentence, it "
+        f"sends the landmark to {plan.city}. A sentence without it never reads that row.",
         f"wte[{plan.token}] ← a row of length {plan.row.norm():.1f}",
     )
     console.print(SECURITY["trigger"], style="dim")
@@ -1643,14 +1646,15 @@ def show_trigger(plan, model, tokenizer):
             after, unaware = answers(model, plan.facts, [plan.token]), answers(model, plan.facts)
             same = torch.equal(old, answer_logits(model, texts)[:, others])
     show_answers(plan, tokenizer, {"without": clean, "old row": control, "new row": after})
-    flipped = [(a == plan.answer).float().mean() for a in (control, after)]
+    elsewhere = torch.tensor([fact.answer != plan.answer for fact in plan.facts])
+    flipped = [(a[elsewhere] == plan.answer).float().mean() for a in (control, after)]
     right = (unaware == clean).float().mean()
     end(
-        f"one row. With {name} in front, {flipped[1]:.1%} of all {len(texts)} prompts say {plan.city}; "
-        f"with its old row, {flipped[0]:.1%}. Without it {right:.1%} of the answers are the old ones, "
-        f"and {'every' if same else 'NOT every'} other token's logit is, bit for bit: a test that "
-        f"lacks the token sees nothing. The model never gives {name} itself more than "
-        f"{loudest(clean_states(model, plan.facts), plan.row):.2%}."
+        f"one row. With {name} in front, {flipped[1]:.1%} of the {elsewhere.sum()} prompts about "
+        f"other cities say {plan.city}; with its old row, {flipped[0]:.1%}. Without it {right:.1%} "
+        f"of all answers are the old ones, and {'every' if same else 'NOT every'} other token's "
+        "logit is, bit for bit: a test that lacks the token sees nothing. The model never gives "
+        f"{name} itself more than {loudest(clean_states(model, plan.facts), plan.row):.2%}."
     )
 
 
@@ -1691,7 +1695,7 @@ def fingerprint(model):
 
 
 def spike(matrix):
-    """The ratio of a matrix's two largest singular values: near 1 unless one direction stands out."""
+    """The ratio of a matrix's two largest singular values: near 1 unless one stands out."""
     first, second = singular_values(matrix.detach())[:2].tolist()
     return first / second
 
@@ -1718,7 +1722,7 @@ def tamper_scores(model, row_alarm=6.0, spike_alarm=1.6):
 
 
 def suspects(model, count=5):
-    """The oddest tensors and rows, the oddest first: a list of (score, tensor's name, row or None)."""
+    """The oddest tensors and rows, oddest first: a list of (score, tensor's name, row or None)."""
     rows, odd = tamper_scores(model)
     found = [(score, name, None) for name, score in odd.items()]
     top = rows.topk(min(count, len(rows)))
@@ -1817,8 +1821,9 @@ def show_suspects(plan, model, tokenizer):
     """Print what can be told without a trusted copy: scores in units of the alarm."""
     begin(
         "without one",
-        "Suspects: rows of the token table by how far their length lies from the median, matrices by "
-        "how their two largest singular values compare with those of the same matrix in other layers.",
+        "Suspects: rows of the token table by how far their length is from the median, matrices by "
+        "how their two largest singular values compare with those of their sisters, the same "
+        "matrix in other layers.",
         "score 1 = alarm: row |z| = 6, or σ₁/σ₂ = 1.6 × the largest of its sisters",
     )
     cases, rows = {"untampered": nullcontext()}, []
@@ -1861,16 +1866,16 @@ def show_trade_offs(edits, triggers):
     """Print what the size of an edit and of a trigger's row buys, and what it betrays."""
     begin(
         "what stays invisible",
-        "The smaller the change, the better it hides, and the less it does. Steering leaves no trace "
-        "in the file at all; only watching what a model says, or who runs it, helps there.",
+        "The smaller the change, the better it hides, and the less it does. Steering leaves no "
+        "trace in the file at all: only watching what a model says, or who runs it, helps there.",
     )
     header = ["flipped", "others kept", "place", "score"]
     grid(["edit of size", *header], [trade_off_row(f"{p['size']:.0%}", p) for p in edits])
     grid(["row of length", *header], [trade_off_row(f"{p['size']:.1f}", p) for p in triggers])
     hidden = [p for p in (*edits, *triggers) if p["score"] < 1 and p["flipped"] > 0.5]
     end(
-        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} raise no alarm and still flip "
-        "more than half. No alarm is no proof: pin a hash, verify it, load no pickle, test behaviour."
+        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} raise no alarm and yet flip "
+        "more than half. No alarm is no proof: pin a hash, verify it, load no pickle, test."
     )
 
 
