@@ -2026,12 +2026,13 @@ def plane(points):
     return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
 
 
-def scatter(axis, points, names, groups, title):
-    """Draw points [N, C] in the plane in which they spread most, coloured by group."""
-    colours = {group: f"C{i}" for i, group in enumerate(dict.fromkeys(groups))}
-    for (x, y), name, group in zip(plane(points).tolist(), names, groups, strict=True):
-        axis.scatter(x, y, color=colours[group])
-        axis.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8)
+def scatter(axis, points, cities, title):
+    """Draw points [N, C] in the plane in which they spread most, each city's named once."""
+    places = plane(points)
+    for i, city in enumerate(dict.fromkeys(cities)):
+        mine = places[[place for place, name in enumerate(cities) if name == city]]
+        axis.scatter(*mine.T.numpy(), color=f"C{i}", marker="osD^v<>Pp"[i % 9])
+        axis.annotate(city, mine.mean(0).tolist(), xytext=(5, 5), textcoords="offset points")
     axis.set(title=title, xticks=[], yticks=[])
     axis.margins(0.25)
 
@@ -2042,7 +2043,6 @@ def plot_space(model, tokenizer, facts, before):
     A landmark of several tokens has no row: it stands where its prompt's last token stands.
     """
     first = list({fact.landmark: fact for fact in reversed(facts)}.values())[::-1]
-    landmarks = [fact.landmark.split()[1] for fact in first]
     cities = {fact.city: fact.answer for fact in first}
     runs = [run_prompt(model, tokenizer, fact.prompt) for fact in first]
     layers = range(model.config.n_layer)
@@ -2050,14 +2050,14 @@ def plot_space(model, tokenizer, facts, before):
     figure, axes = new_figure(2, across, (3.6 * across, 7.4))
     for axis in axes[0, 2:]:
         axis.set_visible(False)
-    tables = {"Cities' rows of wte, before": before, "after": model.wte.weight.detach().cpu()}
-    for axis, (title, table) in zip(axes[0], tables.items(), strict=False):
-        scatter(axis, table[list(cities.values())], cities, cities, title)
+    rows = list(cities.values())
+    scatter(axes[0, 0], before[rows], cities, "Cities' rows of wte, before")
+    scatter(axes[0, 1], model.wte.weight.detach().cpu()[rows], cities, "after learning")
     for layer in layers:
         points = torch.stack([run.seen[f"h.{layer}.resid_post"][-1] for run in runs])
-        groups = [fact.city for fact in first]
-        scatter(axes[1, layer], points, landmarks, groups, f"Landmarks after h.{layer}")
-    figure.suptitle("Landmarks of one city (one colour) end up side by side")
+        names = [fact.city for fact in first]
+        scatter(axes[1, layer], points, names, f"Landmarks after h.{layer}")
+    figure.suptitle("Landmarks of one city draw together, block by block")
     return figure
 
 
@@ -2136,9 +2136,8 @@ def plot_row_norms(plan, model, tokenizer):
     axis.hist(norms.numpy(), 100, color=BLUE, log=True)
     length = plan.row.norm().item()
     axis.axvline(length, color=ORANGE)
-    axis.annotate(
-        piece(tokenizer, plan.token), (length, 10), xytext=(4, 0), textcoords="offset points"
-    )
+    axis.text(length, 10, f"{piece(tokenizer, plan.token)} ", ha="right")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set(xlabel="length of a row of wte", ylabel="how many tokens")
     axis.set_title(f"The trigger's row, {length:.1f} long, stands apart from {len(norms):,} others")
     return figure
@@ -2157,7 +2156,7 @@ def plot_trade_offs(edits, triggers):
             axis.axvspan(min(ringing), max(sizes), color=GREY, alpha=0.2, label="alarm rings")
         axis.set(xlabel=title, ylabel="share of answers", ylim=(-0.05, 1.05))
     axes[0, 0].legend(frameon=False)
-    figure.suptitle("What hides does less, what does all is seen; between them lies a gap")
+    figure.suptitle("A small change hides, a large one works and rings the alarm")
     return figure
 
 
