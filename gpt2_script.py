@@ -526,6 +526,8 @@ def stream_change(run, before, after):
 # A prompt flows through every operation, and each says what it is for and what it changed.
 
 # %%
+PROMPT = "The Eiffel Tower is in the city of"
+
 # tap (without "h.N."): the tap it is computed from, what it is for, its formula
 # fmt: off
 TOUR = {
@@ -773,7 +775,7 @@ def watch_act(run, layers):
 # %% tags=["active-ipynb"]
 # torch.manual_seed(0)
 # model = GPT2(PRESETS["nano"]).eval()
-# run = run_prompt(model, load_tokenizer(), "The Eiffel Tower is in the city of")
+# run = run_prompt(model, load_tokenizer(), PROMPT)
 # show_model(run)
 # show_tokens(run)
 
@@ -1240,6 +1242,33 @@ def nudge_act(model, facts, layer=0):
 
 
 # %% [markdown]
+# ### Facts to learn
+
+# %% tags=["active-ipynb"]
+# facts = small_world(run.tokenizer)
+# show_small_world(facts)
+
+# %% tags=["active-ipynb"]
+# untaught, before = run_prompt(copy.deepcopy(model), run.tokenizer, PROMPT), matrices(model)
+# history = show_learning(model, facts)
+
+# %% [markdown]
+# ### What moved
+
+# %% tags=["active-ipynb"]
+# show_weight_changes(before, matrices(model))
+
+# %% tags=["active-ipynb"]
+# show_embedding_changes(run.tokenizer, before["wte.weight"], matrices(model)["wte.weight"], facts[0].answer)
+
+# %% [markdown]
+# ### The same prompt again
+
+# %% tags=["active-ipynb"]
+# run = run_prompt(model, run.tokenizer, PROMPT)
+# show_beside(untaught, run)
+
+# %% [markdown]
 # ## Act 3: tamper
 #
 # Where does the answer travel? Then: its mind changed through one activation, one matrix, one row.
@@ -1680,6 +1709,27 @@ def show_restored(model, trusted):
 
 
 # %% [markdown]
+# ### Where does the answer travel?
+
+# %% tags=["active-ipynb"]
+# plan = plan_tampering(model, run.tokenizer, facts)
+# trusted = fingerprint(model)
+# trace = show_causal_trace(plan, model, run.tokenizer)
+
+# %% [markdown]
+# ### Three levers
+
+# %% tags=["active-ipynb"]
+# show_steering(plan, model, run.tokenizer)
+
+# %% tags=["active-ipynb"]
+# show_edit(plan, model, run.tokenizer)
+
+# %% tags=["active-ipynb"]
+# show_trigger(plan, model, run.tokenizer)
+# show_restored(model, trusted)
+
+# %% [markdown]
 # ## Act 4: detect
 #
 # What was changed is found, measured and undone; and what stays invisible is named.
@@ -1899,6 +1949,29 @@ def detect_act(plan, model, tokenizer):
     show_restored(model, trusted)
     return edits, triggers
 
+
+# %% [markdown]
+# ### What was changed?
+
+# %% tags=["active-ipynb"]
+# show_comparison(plan, model, run.tokenizer)
+
+# %% tags=["active-ipynb"]
+# show_suspects(plan, model, run.tokenizer)
+
+# %% [markdown]
+# ### Undoing it
+
+# %% tags=["active-ipynb"]
+# show_repair(plan, model, run.tokenizer)
+
+# %% [markdown]
+# ### What hides
+
+# %% tags=["active-ipynb"]
+# edits, triggers = edit_trade_off(plan, model), trigger_trade_off(plan, model)
+# show_trade_offs(edits, triggers)
+# show_restored(model, trusted)
 
 # %% [markdown]
 # ## Figures
@@ -2160,6 +2233,9 @@ def plot_trade_offs(edits, triggers):
     return figure
 
 
+# %% [markdown]
+# ### Watch
+
 # %% tags=["active-ipynb"]
 # plot_patterns(run, 0)
 
@@ -2169,6 +2245,38 @@ def plot_trade_offs(edits, triggers):
 # %% tags=["active-ipynb"]
 # plot_logit_lens(run)
 
+# %% [markdown]
+# ### Learn
+
+# %% tags=["active-ipynb"]
+# plot_learning(history)
+
+# %% tags=["active-ipynb"]
+# plot_weights(before, history)
+
+# %% tags=["active-ipynb"]
+# plot_space(model, run.tokenizer, facts, before["wte.weight"])
+
+# %% [markdown]
+# ### Tamper
+
+# %% tags=["active-ipynb"]
+# plot_trace(plan, run.tokenizer, trace)
+
+# %% tags=["active-ipynb"]
+# plot_answers(plan, model)
+
+# %% [markdown]
+# ### Detect
+
+# %% tags=["active-ipynb"]
+# plot_singular_values(plan, model)
+
+# %% tags=["active-ipynb"]
+# plot_row_norms(plan, model, run.tokenizer)
+
+# %% tags=["active-ipynb"]
+# plot_trade_offs(edits, triggers)
 
 # %% [markdown] tags=["active-py"]
 # ## Command line
@@ -2176,7 +2284,6 @@ def plot_trade_offs(edits, triggers):
 # This part is for `python gpt2_script.py` alone.
 
 # %% tags=["active-py"]
-PROMPT = "The Eiffel Tower is in the city of"
 ACTS = ("watch", "learn", "tamper", "detect")
 IN_ASCII = {"→": "->", "−": "-", "√": "sqrt ", "·": ".", "…": ".", "█": "#", "∞": "inf"}
 IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3"}

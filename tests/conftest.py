@@ -6,7 +6,7 @@ from hypothesis import settings
 
 from gpt2_script import GPT2, GPT2Config
 
-settings.register_profile("tests", deadline=None, max_examples=40)
+settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
 
 
