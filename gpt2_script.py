@@ -1259,7 +1259,8 @@ def nudge_act(model, facts, layer=0):
 # show_weight_changes(before, matrices(model))
 
 # %% tags=["active-ipynb"]
-# show_embedding_changes(run.tokenizer, before["wte.weight"], matrices(model)["wte.weight"], facts[0].answer)
+# tables = before["wte.weight"], matrices(model)["wte.weight"]
+# show_embedding_changes(run.tokenizer, *tables, facts[0].answer)
 
 # %% [markdown]
 # ### The same prompt again
@@ -1275,6 +1276,14 @@ def nudge_act(model, facts, layer=0):
 
 
 # %%
+def fingerprint(model):
+    """{tensor name: SHA-256 of its bytes}: one flipped bit anywhere changes one of them."""
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
 @torch.no_grad()
 def causal_trace(model, fact, draws=8, noise=3.0, seed=0):
     """Where the answer travels: the share of it [layers, tokens] that one clean value brings back.
@@ -1736,14 +1745,6 @@ def show_restored(model, trusted):
 
 
 # %%
-def fingerprint(model):
-    """{tensor name: SHA-256 of its bytes}: one flipped bit anywhere changes one of them."""
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
-        for name, tensor in model.state_dict().items()
-    }
-
-
 def spike(matrix):
     """The ratio of a matrix's two largest singular values: near 1 unless one stands out."""
     first, second = singular_values(matrix.detach())[:2].tolist()
