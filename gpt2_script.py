@@ -392,7 +392,7 @@ def patch(model, changes):
 
 # %%
 # a notebook gets plain text of 90 columns, which GitHub shows as it is; a terminal, what it can do
-plain = {"width": 90, "force_jupyter": False, "color_system": None}
+plain = {"width": 90, "force_jupyter": False, "force_terminal": False}
 console = Console(
     markup=False, highlight=False, emoji=False, **(plain if "ipykernel" in sys.modules else {})
 )
