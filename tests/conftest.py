@@ -24,6 +24,15 @@ def drawn():
     return draw
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small matrices: on a busy machine several threads mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def model(drawn):
     """V = 50, C = 24, H = 3 and D = 8; with `ids` B = 2 and T = 5: no two sizes are the same."""

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from gpt2_script import GPT2, PRESETS, GPT2Config, LayerNorm, gelu, patch, tapped, watch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RELEASED = {  # layers, heads, width, parameters
     "gpt2": (12, 12, 768, 124_439_808),
     "gpt2-medium": (24, 16, 1024, 354_823_168),

@@ -12,6 +12,8 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from gpt2_script import gelu, patch, tapped, watch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, T, C, H, D, V = 2, 5, 24, 3, 8, 50  # the sizes of the fixtures `model` and `ids`
 
 BLOCK = {

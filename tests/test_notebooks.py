@@ -1,0 +1,103 @@
+"""The notebooks: made from the script, executed in order, fit to be read on GitHub."""
+
+import ast
+import os
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = (ROOT / "gpt2_script.py").read_text(encoding="utf-8")
+NAMES = sorted(path.name for path in ROOT.glob("*.ipynb"))
+
+
+@pytest.fixture(params=NAMES)
+def notebook(request):
+    return nbformat.read(ROOT / request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(output):
+    """What an output shows as text."""
+    return output.get("text") or output.get("data", {}).get("text/plain", "")
+
+
+def test_script_notebook_is_the_script_cell_by_cell():
+    """But for the cells that make sense in the script alone."""
+    made = [
+        (cell.cell_type, cell.source)
+        for cell in jupytext.reads(SCRIPT, "py:percent").cells
+        if "active-py" not in cell.metadata.get("tags", [])
+    ]
+    committed = nbformat.read(ROOT / "gpt2_script.ipynb", as_version=4)
+    assert made == [(cell.cell_type, cell.source) for cell in committed.cells]
+
+
+def test_what_a_notebook_defines_is_the_scripts(notebook):
+    def definitions(source):
+        lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        tree = ast.parse("\n".join(lines) if lines != source.splitlines() else source)
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        return {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
+
+    ours, shared = definitions(SCRIPT), 0
+    for cell in code_cells(notebook):
+        source = re.sub(r"^( *)%.*$", r"\1pass", cell.source, flags=re.MULTILINE)
+        for name, definition in definitions(source).items():
+            assert definition == ours.get(name, definition), name
+            shared += name in ours
+    assert shared > 10
+
+
+def test_committed_outputs_come_from_one_run_in_order(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    for cell in code_cells(notebook):
+        assert all(output.output_type != "error" for output in cell.outputs)
+        assert all(output.get("name") != "stderr" for output in cell.outputs)
+        if re.search(r"^(show_|plot_|print\()", cell.source.split("\n")[-1]):
+            assert cell.outputs, cell.source
+
+
+def test_no_output_is_long_or_wide_or_speaks_of_a_machine(notebook):
+    for cell in code_cells(notebook):
+        text = "".join(map(text_of, cell.outputs))
+        assert len(text.splitlines()) <= 40, cell.source
+        assert max(map(len, text.splitlines()), default=0) <= 100, cell.source
+        assert not re.search(r"/(home|root|tmp|work|Users|usr)/|Warning|\x1b", text)
+
+
+def test_github_can_show_it(notebook, request):
+    assert "widgets" not in notebook.metadata
+    kinds = {
+        kind for cell in code_cells(notebook) for o in cell.outputs for kind in o.get("data", {})
+    }
+    assert kinds <= {"text/plain", "image/png"}
+    name = request.node.callspec.params["notebook"]
+    assert (ROOT / name).stat().st_size < 2_000_000
+
+
+def test_every_figure_says_something(notebook):
+    """A figure comes with an image that is not blank: its PNG is larger than an empty one."""
+    images = [
+        output.data["image/png"]
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(images) >= 10 and min(map(len, images)) > 8_000
+
+
+def test_it_runs_from_top_to_bottom_in_an_empty_folder(notebook, tmp_path):
+    """And says what is committed, as far as no library changes the last digits."""
+    committed = [len(cell.outputs) > 0 for cell in code_cells(notebook)]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [len(cell.outputs) > 0 for cell in code_cells(notebook)] == committed
+    assert os.listdir(tmp_path) == []
