@@ -1,5 +1,6 @@
 """The script as a user meets it: run as a process, read from its output."""
 
+import difflib
 import os
 import re
 import shutil
@@ -33,57 +34,62 @@ def play(*arguments, **options):
     )
 
 
+def watch(*arguments, **options):
+    """Run the first act alone, which takes seconds."""
+    return play("--acts", "watch", *arguments, **options)
+
+
 @pytest.fixture(scope="module")
-def default_run():
-    return play()
+def watch_run():
+    return watch()
 
 
-def test_default_run_shows_every_step_in_order(default_run):
-    assert default_run.returncode == 0 and default_run.stderr == ""
-    headings = re.findall(r"^([^─\n]+) ─+$", default_run.stdout, re.MULTILINE)
+def test_watched_run_shows_every_step_in_order(watch_run):
+    assert watch_run.returncode == 0 and watch_run.stderr == ""
+    headings = re.findall(r"^([^─\n]+) ─+$", watch_run.stdout, re.MULTILINE)
     block = "resid_pre ln_1 attn.q attn.k attn.v attn.scores attn.mask attn.pattern attn.heads"
     block += " attn.out resid_mid ln_2 mlp.pre mlp.act mlp.out resid_post"
     expected = ["tokens", "wte", "wpe", "embed", "dropout", *(f"h.0.{s}" for s in block.split())]
     expected += ["h.1 to h.2", "ln_f", "logits", "probabilities", "logit lens", "the whole way"]
     assert headings == expected
-    assert default_run.stdout.count("Changed: ") == len(expected)
-    assert "random draws" in default_run.stdout
+    assert watch_run.stdout.count("Changed: ") == len(expected)
+    assert "random draws" in watch_run.stdout
 
 
-def test_same_seed_same_output_and_another_seed_another(default_run):
-    assert play().stdout == default_run.stdout
-    assert play("--seed", "1").stdout != default_run.stdout
+def test_same_seed_same_output_and_another_seed_another(watch_run):
+    assert watch().stdout == watch_run.stdout
+    assert watch("--seed", "1").stdout != watch_run.stdout
 
 
-def test_pipe_gets_plain_text_of_80_columns(default_run):
-    assert "\x1b" not in default_run.stdout
-    assert max(cell_len(line) for line in default_run.stdout.splitlines()) <= 80
+def test_pipe_gets_plain_text_of_80_columns(watch_run):
+    assert "\x1b" not in watch_run.stdout
+    assert max(cell_len(line) for line in watch_run.stdout.splitlines()) <= 80
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_no_line_is_wider_than_the_terminal_and_none_is_cut(columns):
-    output = play(PROMPT, env={"COLUMNS": str(columns)}).stdout
+    output = watch(PROMPT, env={"COLUMNS": str(columns)}).stdout
     assert max(cell_len(line) for line in output.splitlines()) <= columns
     assert "probability" in output and "cosine" in output
 
 
 def test_colour_only_where_the_terminal_has_it_and_wants_it():
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
-    assert "\x1b[" in play(env=terminal).stdout
-    assert "\x1b[3" not in play(env={**terminal, "NO_COLOR": "1"}).stdout
+    assert "\x1b[" in watch(env=terminal).stdout
+    assert "\x1b[3" not in watch(env={**terminal, "NO_COLOR": "1"}).stdout
 
 
-def test_file_downloaded_alone_runs_without_a_network(tmp_path, default_run):
+def test_file_downloaded_alone_runs_without_a_network(tmp_path, watch_run):
     alone = shutil.copy(SCRIPT, tmp_path)
     result = subprocess.run(
-        [sys.executable, "-c", NO_NETWORK, alone, PROMPT],
+        [sys.executable, "-c", NO_NETWORK, alone, PROMPT, "--acts", "watch"],
         cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""},
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == default_run.stdout
+    assert result.stdout == watch_run.stdout
     assert os.listdir(tmp_path) == ["gpt2_script.py"]
 
 
@@ -101,7 +107,7 @@ def test_file_downloaded_alone_runs_without_a_network(tmp_path, default_run):
     ],
 )
 def test_any_text_is_shown_and_cannot_steer_the_terminal(prompt):
-    result = play(prompt)
+    result = watch(prompt)
     assert (result.returncode, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout and "\t" not in result.stdout
     sizes = re.search(r"Changed: (\d+) bytes became (\d+) ids", result.stdout)
@@ -109,47 +115,47 @@ def test_any_text_is_shown_and_cannot_steer_the_terminal(prompt):
 
 
 def test_control_token_in_a_prompt_is_plain_text():
-    output = play("<|endoftext|>").stdout
+    output = watch("<|endoftext|>").stdout
     assert "became 7 ids" in output and "50256 " not in output.split("wte ─")[0]
 
 
 def test_bytes_that_are_no_text_are_taken_too():
-    result = play(b"abc\xff")
+    result = watch(b"abc\xff")
     assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_terminal_without_unicode_gets_ascii(encoding):
-    result = play("🦙 ≠ ü", env={"PYTHONIOENCODING": encoding}, encoding=encoding)
+    result = watch("🦙 ≠ ü", env={"PYTHONIOENCODING": encoding}, encoding=encoding)
     assert (result.returncode, result.stderr) == (0, "")
     assert "[50257, 96] -> [" in result.stdout and "sqrt 24" in result.stdout
 
 
 def test_layers_chooses_what_is_traced_in_full():
-    output = play("--layers", "0,2").stdout
+    output = watch("--layers", "0,2").stdout
     assert "h.0.attn.q ─" in output and "h.2.attn.q ─" in output and "h.1.attn.q" not in output
     assert "\nh.1 ─" in output
-    assert "h.1.mlp.out ─" in play("--layers", "all").stdout
+    assert "h.1.mlp.out ─" in watch("--layers", "all").stdout
 
 
-def test_full_shows_whole_activations(default_run):
+def test_full_shows_whole_activations(watch_run):
     def shown(output):
         part = output.split("h.0.mlp.act ─")[1].split("Changed: ")[0]
         return len(re.findall(r"-?\d\.\d{3}\b", part.split("GELU")[1].split("]\n")[1]))
 
-    assert shown(play("--full").stdout) == 10 * 384
-    assert shown(default_run.stdout) < 100
+    assert shown(watch("--full").stdout) == 10 * 384
+    assert shown(watch_run.stdout) < 100
 
 
-def test_step_waits_for_enter_and_goes_on_when_input_ends(default_run):
-    three = play("--step", input="\n\n\n", stdin=None).stdout
+def test_step_waits_for_enter_and_goes_on_when_input_ends(watch_run):
+    three = watch("--step", input="\n\n\n", stdin=None).stdout
     assert three.count("Press Enter") == 4
-    assert three.replace("Press Enter for the next step\n", "") == default_run.stdout
-    assert play("--step").stdout.count("Press Enter") == 1
+    assert three.replace("Press Enter for the next step\n", "") == watch_run.stdout
+    assert watch("--step").stdout.count("Press Enter") == 1
 
 
 def test_step_with_standard_input_closed():
-    command = f'"{sys.executable}" "{SCRIPT}" --step <&-'
+    command = f'"{sys.executable}" "{SCRIPT}" --acts watch --step <&-'
     assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
 
 
@@ -173,7 +179,7 @@ def test_ctrl_c_exits_130_quietly():
 
 
 def test_figures_are_saved_as_png(tmp_path):
-    result = play("$x$ 🦙", "--figures", tmp_path / "new" / "folder", "--layers", "1")
+    result = watch("$x$ 🦙", "--figures", tmp_path / "new" / "folder", "--layers", "1")
     assert (result.returncode, result.stderr) == (0, "")
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert [f.name for f in files] == ["logit_lens.png", "patterns_h1.png", "stream.png"]
@@ -223,14 +229,21 @@ def test_device_that_this_machine_lacks():
     import torch
 
     missing = "mps" if not torch.backends.mps.is_available() else "cuda"
-    result = play("--device", missing)
+    result = watch("--device", missing)
     assert result.returncode == 2 and f"no device '{missing}'" in result.stderr
 
 
-def test_readme_prints_real_output(default_run):
-    """Every line of the README's excerpt stands in the script's output, in that order."""
+def test_readme_prints_real_output():
+    """The README's excerpt stands in the output, in order; numbers and the words that a model
+    chooses may differ from machine to machine, so a tenth of the lines may too."""
+
+    def lines(text):
+        masked = (re.sub(r"[-\d.]+", "0", line).split() for line in text.splitlines())
+        return [" ".join(words) for words in masked if words and words != ["[0]"]]
+
     readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
-    excerpt = re.search(r"```text\n(.*?)```", readme, re.DOTALL)[1]
-    wanted = [line.rstrip() for line in excerpt.splitlines() if line.strip() not in ("", "[...]")]
-    lines = iter([line.rstrip() for line in default_run.stdout.splitlines()])
-    assert len(wanted) > 10 and all(line in lines for line in wanted)
+    excerpt = lines(re.search(r"```text\n(.*?)```", readme, re.DOTALL)[1])
+    output = lines(play().stdout)
+    found = difflib.SequenceMatcher(None, excerpt, output, autojunk=False).get_matching_blocks()
+    assert len(excerpt) > 50
+    assert sum(block.size for block in found) >= 0.9 * len(excerpt)
