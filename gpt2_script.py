@@ -316,7 +316,8 @@ class GPT2(nn.Module):
         past = cache[0]["k"].size(2) if cache and cache[0] else 0  # tokens that the cache holds
         T = ids.size(1)
         if not 0 < T <= self.config.n_ctx - past:
-            raise ValueError(f"{past + T} tokens; this model takes 1 to {self.config.n_ctx}")
+            limit = self.config.n_ctx
+            raise ValueError(f"{past + T} tokens, {T} of them new; this model takes 1 to {limit}")
         positions = torch.arange(past, past + T, device=ids.device)  # [T]
         x = self.embed(self.dropout(self.wte(ids) + self.wpe(positions)))  # [B, T, C]
         for i, block in enumerate(self.h):
@@ -338,7 +339,7 @@ def tapped(model, patterns):
     """
     taps = {n: m for n, m in model.named_modules() if isinstance(m, (Tap, LayerNorm, nn.Embedding))}
     for pattern in patterns:
-        if not fnmatch.filter(taps, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in taps):
             near = difflib.get_close_matches(pattern, taps, cutoff=0.3) or list(taps)[:5]
             raise ValueError(f"no tap is named {pattern!r}; near: {', '.join(near)}")
     return {n: m for n, m in taps.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
@@ -371,15 +372,18 @@ def patch(model, changes):
     torch calls global hooks, which these are, before a module's own.
     Raises ValueError for a pattern that matches no tap or an f that returns anything else.
     """
-    change_at = {m: f for pattern, f in changes.items() for m in tapped(model, [pattern]).values()}
+    changes_at = {}
+    for pattern, change in changes.items():
+        for module in tapped(model, [pattern]).values():
+            changes_at.setdefault(module, []).append(change)
 
     def write(module, args, value):
-        if module not in change_at:
-            return None  # torch keeps the value
-        new = change_at[module](value.clone())
-        if not isinstance(new, torch.Tensor) or new.shape != value.shape:
-            raise ValueError(f"a patch must return a tensor of shape {list(value.shape)}")
-        return new
+        for change in changes_at.get(module, ()):
+            new = change(value.clone())
+            if not isinstance(new, torch.Tensor) or new.shape != value.shape:
+                raise ValueError(f"a patch must return a tensor of shape {list(value.shape)}")
+            value = new
+        return value
 
     with register_module_forward_hook(write):
         yield

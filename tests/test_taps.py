@@ -1,5 +1,6 @@
 """Taps: watching changes nothing, patching changes what it should, leaving restores everything."""
 
+import fnmatch
 import re
 from contextlib import ExitStack
 from copy import deepcopy
@@ -170,7 +171,7 @@ def test_patterns_choose_wires(model, ids, patterns, names):
         with watch(model, *patterns) as seen:
             model(ids)
     assert list(seen) == names
-    assert len(calls) == len(names)
+    assert len(calls) == sum(len(fnmatch.filter(NAMES, pattern)) for pattern in patterns)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -350,3 +351,12 @@ def test_an_unknown_name_is_an_error_that_lists_near_names(model, unknown, near)
             pass
         assert near in str(error.value)
         assert not hooks(model)
+
+
+def test_patterns_that_overlap_in_one_patch_apply_in_the_order_given(model, ids):
+    changes = {"embed": lambda x: x + 1, "emb*": lambda x: x * 2}
+    with watch(model, "embed") as clean:
+        model(ids)
+    with patch(model, changes), watch(model, "embed") as seen:
+        model(ids)
+    assert torch.equal(seen["embed"], (clean["embed"] + 1) * 2)
