@@ -21,12 +21,15 @@ import difflib
 import fnmatch
 import hashlib
 import itertools
+import json
 import math
+import re
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +43,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError, safe_open
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -390,6 +394,240 @@ def patch(model, changes):
 
 
 # %% [markdown]
+# ## Weights
+#
+# A weights file is a header, with names, shapes and places, and then the numbers, which are mapped
+# into memory as they are. A pickle would be a program instead, and loading it would run it.
+
+# %%
+# fmt: off
+RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its model.safetensors
+    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519",
+        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
+    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}
+# fmt: on
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FLOATS = ("F64", "F32", "F16", "BF16")  # all load as float32
+# what a file may hold besides: the head, which has to be wte once more, and the causal mask
+EXTRA = re.compile(r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias")
+
+
+def file_hash(path, tick=lambda count: None):
+    """The SHA-256 of a file; `tick` is told the number of bytes in each piece read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            tick(len(piece))
+    return digest.hexdigest()
+
+
+def fetch(name):
+    """The path of a released file, in huggingface_hub's cache, downloaded where it is not there.
+
+    Raises InputError where that fails or the SHA-256 is not that of the release.
+    """
+    revision, sha256 = RELEASED[name]
+    try:
+        from huggingface_hub import hf_hub_download
+
+        repository = f"openai-community/{name}"
+        path = hf_hub_download(repository, "model.safetensors", revision=revision, token=False)
+    except Exception as error:  # whatever the network, the hub or the disk comes up with
+        raise InputError(
+            f"cannot fetch {name} from the model hub ({type(error).__name__}): check the network "
+            "and the disk, or give a .safetensors file"
+        ) from error
+    path = Path(path).resolve()  # not a link to it, so that deleting it helps
+    if file_hash(path) != sha256:
+        raise InputError(f"{path} is not the released {name}, its SHA-256 differs: delete it")
+    return path
+
+
+def open_weights(path):
+    """A safetensors file, mapped into memory, and {GPT-2's name of a tensor: its name in the file}.
+
+    Raises InputError for what is no such file, and for a pickle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}: give a .safetensors file or one of {', '.join(RELEASED)}")
+    if path.suffix.lower() in PICKLES:
+        raise InputError(f"{path} is a pickle, and unpickling runs code: give a .safetensors file")
+    try:
+        with open(path, "rb") as start:
+            first = start.read(9)  # the header's length, then the header, which is JSON
+        file = safe_open(path, "pt")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        what = "cut short or damaged" if first[8:] == b"{" else "no safetensors file"
+        raise InputError(f"{path} is {what if first else 'empty'}") from error
+    return file, {name.removeprefix("transformer."): name for name in file.keys()}
+
+
+def sizes(file, names):
+    """The GPT2Config that the tensors speak of; they do not tell how many heads there are."""
+    shapes = {name: file.get_slice(names[name]).get_shape() for name in names}
+    table, places = shapes.get("wte.weight", []), shapes.get("wpe.weight", [])
+    V, C = table if len(table) == 2 and 0 not in table else (50257, 768)
+    N = places[0] if places[1:] == [C] and places[0] else 1024
+    blocks = {name.split(".")[1] for name in names if re.match(r"h\.\d+\.", name)}
+    return GPT2Config(V, N, C, max(1, len(blocks)), n_head=1)
+
+
+def same_bits(a, b):
+    """Whether two tensors are the same to the last bit, which values do not tell: 0 equals -0."""
+    one, other = (tensor.reshape(-1, 1).view(torch.uint8) for tensor in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(one, other)
+
+
+def find_faults(file, names, model):
+    """What keeps a file's tensors from being the model's: a list of sentences, empty for none.
+
+    The numbers are looked at only to see that lm_head.weight, where there is one, is wte.weight.
+    """
+    wanted = {name: str([*tensor.shape]) for name, tensor in model.state_dict().items()}
+    found = {}
+    for name in names:
+        part = file.get_slice(names[name])
+        type = "" if part.get_dtype() in FLOATS else f"{part.get_dtype()} "
+        found[name] = f"{type}{part.get_shape()}"
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    for name in found:
+        if name in wanted and found[name] != wanted[name]:
+            faults.append(f"{name} is {found[name]}, not {wanted[name]}")
+        elif name not in wanted and not EXTRA.fullmatch(name):
+            faults.append(f"{name!a} is no tensor of GPT-2")
+    if len(names) < len(file.keys()):
+        faults.append("some tensors are there twice, with and without the prefix transformer.")
+    if {"lm_head.weight", "wte.weight"} <= {*names} and not same_bits(
+        *(file.get_tensor(names[name]) for name in ("lm_head.weight", "wte.weight"))
+    ):
+        faults.append("lm_head.weight is not wte.weight bit for bit: it was tampered with")
+    return faults
+
+
+def is_finite(tensor):
+    """Whether no number is NaN or infinite; if one is, so is the sum."""
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def count_heads(path, width):
+    """The number of heads and who says so: config.json beside the file, else 64 numbers for each.
+
+    Raises InputError where neither does.
+    """
+    try:
+        beside = Path(path).with_name("config.json")
+        return json.loads(beside.read_text())["n_head"], "its config.json says"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if width % 64:
+            sentence = f"{path}: give n_head, or a config.json beside it, which tells n_head"
+            raise InputError(sentence) from error
+    return width // 64, "64 numbers for each, as no config.json tells"
+
+
+def load_model(name_or_path, device="cpu", n_head=None):
+    """A released GPT-2 by name, or any GPT-2 by the path of its file: a GPT2, in eval mode.
+
+    The weights stay where the file is mapped; float16 and bfloat16 become float32. The number of
+    heads is n_head, else what count_heads finds, which is printed. Raises InputError for a release
+    that cannot be fetched, and for a file that is unreadable or not a sound GPT-2.
+    """
+    released = name_or_path in RELEASED
+    path = fetch(name_or_path) if released else name_or_path
+    file, names = open_weights(path)
+    config, source = sizes(file, names), "as asked for"
+    if released:
+        n_head = PRESETS[name_or_path].n_head
+    elif n_head is None:
+        n_head, source = count_heads(path, config.n_embd)
+    try:
+        with torch.device("meta"):  # the numbers are the file's: none are drawn or kept twice
+            model = GPT2(replace(config, n_head=n_head))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    if faults := find_faults(file, names, model):
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise InputError(f"{path}: {faults[0]}{more}")
+    weights = {name: file.get_tensor(names[name]).float() for name in model.state_dict()}
+    for name, weight in weights.items():
+        if not is_finite(weight):
+            raise InputError(f"{path}: {name} holds NaN or infinity")
+    model.load_state_dict(weights, assign=True)
+    if not released:
+        console.print(f"{Path(path).name}: {n_head} heads, {source}.")
+    return model.eval().to(device)
+
+
+# %% [markdown]
+# ## Generation
+#
+# The scores of the last token say what may come next. One token is chosen, joins the text, and
+# the model is asked again.
+
+
+# %%
+def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    """Scores [..., V] -> the probabilities [..., V] of the next token; float64, on the CPU.
+
+    Scores are divided by the temperature; at 0, the best one takes all. Of the probabilities, the
+    top_k largest stay; of those, the fewest that reach the sum top_p. What stays is scaled to 1.
+    Raises ValueError for a temperature below 0, top_k below 1, top_p outside (0, 1].
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.
+    """
+    k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
+    if not (temperature >= 0 and k_fits and p_fits):
+        raise ValueError("temperature must be at least 0, top_k at least 1, top_p in (0, 1]")
+    scores = logits.cpu().double()
+    scores = scores - scores.max(-1, keepdim=True).values  # the best is 0, whatever divides it
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
+    shares, ids = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
+    if top_k is not None:
+        shares[..., top_k:] = 0
+        shares = shares / shares.sum(-1, keepdim=True)
+    if top_p is not None:
+        likelier = shares.cumsum(-1) - shares  # what all likelier tokens have together
+        shares = shares * (likelier < top_p)
+        shares = shares / shares.sum(-1, keepdim=True)
+    return torch.zeros_like(shares).scatter(-1, ids, shares)  # back in the vocabulary's order
+
+
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None):
+    """Texts, continued: ids, a LongTensor [B, T] -> [B, T + new], the given ids first.
+
+    new is max_new_tokens, or less where the context is full. At temperature 0 the likeliest token
+    is taken, else one is drawn as next_probabilities says; the same seed draws the same tokens.
+    Raises ValueError for no ids, more than the context holds, or what next_probabilities refuses.
+    """
+    room = model.config.n_ctx - ids.size(1)
+    if room < 0:
+        raise ValueError(f"{ids.size(1)} tokens; this model takes 1 to {model.config.n_ctx}")
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    cache, new = [{} for block in model.h], ids  # keys and values: later steps need one token only
+    for _ in range(min(max_new_tokens, room)):
+        logits = model(new, cache)[:, -1]  # [B, V]
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            probabilities = next_probabilities(logits, temperature, top_k, top_p)
+            new = probabilities.multinomial(1, generator=generator).to(ids.device)  # [B, 1]
+        ids = torch.cat((ids, new), dim=1)
+    return ids
+
+
+# %% [markdown]
 # ## Showing numbers
 #
 # The model knows nothing of this part. It prints what the taps have seen.
@@ -430,6 +668,11 @@ def run_prompt(model, tokenizer, prompt):
         model(ids.to(model.wte.weight.device))
     seen = {name: (v if name == "wpe" else v[0]).float().cpu() for name, v in seen.items()}
     return Run(model, tokenizer, ids[0].tolist(), seen)
+
+
+def title(text):
+    """Print where an act begins."""
+    console.print(Rule(Text(text, "bold"), style="blue"), "", sep="\n")
 
 
 def begin(name, purpose, formula=None):
@@ -633,16 +876,20 @@ def show_step(run, name):
     end(change)
 
 
-def show_model(run):
-    """Print which model this is."""
+def show_model(run, taught):
+    """Print which model this is, and whether it has learned anything."""
     config, count = run.model.config, sum(p.numel() for p in run.model.parameters())
-    console.print(Rule(Text("Watch: a prompt on its way through GPT-2", "bold"), style="blue"))
+    title("Watch: a prompt on its way through GPT-2")
     console.print(
         f"{count:,} parameters: {config.n_layer} blocks, {config.n_head} heads, {config.n_embd} "
-        f"numbers per token, {config.vocab_size:,} tokens in the vocabulary.\n"
-        "The weights are random draws. The wiring and the arithmetic are GPT-2's, but nothing has "
-        "been learned, so no number below has a meaning yet.\n"
+        f"numbers per token, {config.vocab_size:,} tokens in the vocabulary."
     )
+    if not taught:
+        console.print(
+            "The weights are random draws. The wiring and the arithmetic are GPT-2's, but nothing "
+            "has been learned, so no number below has a meaning yet."
+        )
+    console.print()
 
 
 def show_tokens(run):
@@ -758,9 +1005,62 @@ def show_blocks(run, layers):
                 show_step(run, f"h.{i}.{key}")
 
 
-def watch_act(run, layers):
+@torch.no_grad()
+def show_cache(run):
+    """What the cache holds after the prompt, and what it saves."""
+    model, T = run.model, len(run.ids)
+    cache = [{} for block in model.h]
+    model(torch.tensor([run.ids], device=model.wte.weight.device), cache)
+    held = [tensor for block in cache for tensor in block.values()]
+    same = torch.equal(cache[0]["k"][0].cpu(), run.seen["h.0.attn.k"])
+    begin(
+        "the cache",
+        "To go on, the model needs of earlier tokens only their keys and values: they are kept, "
+        "and each step sends one token through instead of all.",
+        f"{len(held)} × {list(held[0].shape)} (keys and values of {len(cache)} blocks)",
+    )
+    end(
+        f"{sum(x.numel() for x in held):,} numbers are kept, {'the very' if same else 'NOT the'} "
+        f"keys and values above. The next token costs a row of every product instead of {T + 1}."
+    )
+
+
+def show_generation(run, count=12, temperature=0.0, top_k=None, top_p=None, seed=0):
+    """The prompt's continuation; for its first tokens, the candidates before and after sampling."""
+    model, tokenizer = run.model, run.tokenizer
+    ids = torch.tensor([run.ids], device=model.wte.weight.device)
+    begin(
+        "continuation",
+        "One token is chosen, joins the text, and the model is asked again. At temperature 0 it is "
+        "the likeliest; above, it is drawn, of the top-k or top-p likeliest where that is asked.",
+        f"temperature {temperature}, top-k {top_k or 'off'}, top-p {top_p or 'off'}",
+    )
+    new = generate(model, ids, count, temperature, top_k, top_p, seed)[0].tolist()
+    with torch.no_grad():
+        logits = model(torch.tensor([new], device=ids.device))[0, len(run.ids) - 1 :]
+    for step, id in list(enumerate(new[len(run.ids) :]))[:3]:
+        plain = next_probabilities(logits[step])
+        drawn = next_probabilities(logits[step], temperature, top_k, top_p)
+        rows = [
+            [
+                shorten(piece(tokenizer, i), 14),
+                f"{plain[i]:.2%}",
+                f"{drawn[i]:.2%}",
+                "←" * (i == id),
+            ]
+            for i in dict.fromkeys([*plain.topk(min(5, len(plain))).indices.tolist(), id])
+        ]
+        grid([f"token {step + 1}", "model", "drawn from", ""], rows)
+    text = tokenizer.decode(new[len(run.ids) :])
+    made = len(new) - len(run.ids)
+    console.print(f"{tokenizer.decode(run.ids)!r} goes on: {text!r}")
+    full = f"; the context of {model.config.n_ctx} tokens is full" if made < count else ""
+    end(f"{made} tokens were added{full}.")
+
+
+def watch_act(run, layers, taught=False, **sampling):
     """Act 1: print all that happens to a prompt; `layers` are the blocks to trace in full."""
-    show_model(run)
+    show_model(run, taught)
     show_tokens(run)
     for name in ("wte", "wpe", "embed"):
         show_step(run, name)
@@ -771,6 +1071,8 @@ def watch_act(run, layers):
     show_probabilities(run)
     show_logit_lens(run)
     show_journey(run)
+    show_cache(run)
+    show_generation(run, **sampling)
 
 
 # %% [markdown]
@@ -780,7 +1082,7 @@ def watch_act(run, layers):
 # torch.manual_seed(0)
 # model = GPT2(PRESETS["nano"]).eval()
 # run = run_prompt(model, load_tokenizer(), PROMPT)
-# show_model(run)
+# show_model(run, taught=False)
 # show_tokens(run)
 
 # %% [markdown]
@@ -858,6 +1160,10 @@ def watch_act(run, layers):
 
 # %% tags=["active-ipynb"]
 # show_journey(run)
+
+# %% tags=["active-ipynb"]
+# show_cache(run)
+# show_generation(run, temperature=0.8, top_k=50)
 
 # %% [markdown]
 # ## A small world
@@ -1042,11 +1348,6 @@ SECURITY = {  # the names in OWASP's Top 10 for LLM applications (2025) and in M
     "trigger": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0043.004 Insert Backdoor Trigger",
     "detect": "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts",
 }
-
-
-def title(text):
-    """Print where an act begins."""
-    console.print(Rule(Text(text, "bold"), style="blue"), "", sep="\n")
 
 
 def show_small_world(facts):
@@ -1749,42 +2050,60 @@ def show_restored(model, trusted):
 
 
 # %%
-def spike(matrix):
-    """The ratio of a matrix's two largest singular values: near 1 unless one stands out."""
-    first, second = singular_values(matrix.detach())[:2].tolist()
-    return first / second
+def largest_singular_values(matrix, count=8, steps=12):
+    """About the `count` largest singular values of a matrix [m, n], largest first.
 
-
-@torch.no_grad()
-def tamper_scores(model, row_alarm=6.0, spike_alarm=1.6):
-    """How odd every row of the token table, [V], and every block's matrix, {name: score}, looks.
-
-    No trusted copy is needed. A row is judged by its length: how far from the median, in robust
-    standard deviations (1.4826 times the median distance). A matrix is judged by its spike, over
-    the largest of its sisters in other layers. Scores are in units of the alarm: above 1, it rings.
+    Block power iteration: vectors sent through the matrix and back, again and again, turn towards
+    the directions that it stretches most.
+    Source: Halko et al. 2011, "Finding Structure with Randomness", algorithm 4.4.
     """
-    norms = model.wte.weight.norm(dim=1).cpu()  # [V]
+    scale = matrix.abs().max().clamp_min(1e-30)
+    matrix = matrix / scale  # so that no product overflows
+    x = torch.randn(count, len(matrix), generator=torch.Generator().manual_seed(0)).to(matrix)
+    for _ in range(steps):
+        x = torch.linalg.qr((x @ matrix @ matrix.T).T).Q.T  # [count, m], rows at right angles
+    return scale * torch.linalg.svdvals(x @ matrix)
+
+
+def oddity(norms, pairs, row_alarm=6.0, spike_alarm=1.6):
+    """How odd each row of a token table looks, [V], and each block's matrix, {name: score}.
+
+    No trusted copy is needed. A row is judged by its norm, `norms` [V]: how far from the median,
+    in robust standard deviations (1.4826 times the median distance). A matrix is judged by the
+    ratio of its two largest singular values, `pairs` {name: (first, second)}, over the largest
+    such ratio among its sisters in other layers. Scores are in units of the alarm.
+    """
     apart = (norms - norms.median()).abs()
-    rows = apart / (1.4826 * apart.median()) / row_alarm
+    rows = apart / (1.4826 * apart.median()).clamp_min(1e-30) / row_alarm
+    spikes = {name: first / max(second, 1e-30) for name, (first, second) in pairs.items()}
     odd = {}
-    for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        names = [f"h.{layer}.{kind}.weight" for layer in range(model.config.n_layer)]
-        spikes = [spike(model.get_parameter(name)) for name in names]
-        for i, name in enumerate(names):
-            sisters = spikes[:i] + spikes[i + 1 :]
-            odd[name] = spikes[i] / max(sisters, default=1.0) / spike_alarm
+    for name, spike in spikes.items():
+        kind = name.split(".", 2)[2]
+        sisters = [x for other, x in spikes.items() if other != name and other.endswith(f".{kind}")]
+        odd[name] = spike / max(sisters, default=1.0) / spike_alarm
     return rows, odd
 
 
-def suspects(model, count=5):
-    """The oddest tensors and rows, oddest first: a list of (score, tensor's name, row or None)."""
-    rows, odd = tamper_scores(model)
+@torch.no_grad()
+def tamper_scores(model):
+    """The `oddity` of a model's token table and matrices."""
+    blocks = {n: w for n, w in model.named_parameters() if w.dim() == 2 and n.startswith("h.")}
+    pairs = {name: largest_singular_values(w)[:2].tolist() for name, w in blocks.items()}
+    return oddity(model.wte.weight.norm(dim=1).cpu(), pairs)
+
+
+def rank_suspects(rows, odd, count=5):
+    """The oddest first, of what `oddity` found: a list of (score, tensor's name, row or None)."""
     found = [(score, name, None) for name, score in odd.items()]
     top = rows.topk(min(count, len(rows)))
-    found += [
-        (s, "wte.weight", i) for s, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
+    pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    found += [(score, "wte.weight", row) for score, row in pairs]
     return sorted(found, key=lambda suspect: -suspect[0])[:count]
+
+
+def suspects(model, count=5):
+    """What looks tampered with, the oddest first: a list of (score, tensor's name, row or None)."""
+    return rank_suspects(*tamper_scores(model), count)
 
 
 def compare(trusted, model):
@@ -1977,6 +2296,133 @@ def detect_act(plan, model, tokenizer):
 # edits, triggers = edit_trade_off(plan, model), trigger_trade_off(plan, model)
 # show_trade_offs(edits, triggers)
 # show_restored(model, trusted)
+
+# %% [markdown]
+# ## Checking a weights file
+
+
+# %%
+def difference(new, old):
+    """How a tensor differs from a trusted one of its shape: {rows, numbers, rank, size}.
+
+    The rank counts directions with a thousandth of the largest one's size or more, up to 8.
+    """
+    if new.dtype == old.dtype:  # bytes, as values do not tell 0 from -0, nor NaN from NaN
+        new_bits, old_bits = (x.reshape(-1, 1).view(torch.uint8) for x in (new, old))
+        changed = (new_bits != old_bits).any(1)
+    else:
+        changed = (new != old).flatten()
+    change = torch.atleast_2d(new.float() - old.float())
+    values = largest_singular_values(change.nan_to_num())
+    return {
+        "rows": changed.view(change.shape).any(1).nonzero().flatten().tolist(),
+        "numbers": changed.sum().item(),
+        "rank": (values > values[0] / 1000).sum().item(),
+        "size": (change.norm() / old.float().norm()).item(),  # relative
+    }
+
+
+def inspect_file(path, against=None, tick=lambda count: None):
+    """What --verify tells of a weights file, as a dict; it keeps one tensor in memory at a time.
+
+    `tick` is told the number of bytes read. Raises InputError for a file that cannot be read.
+    """
+    file, names = open_weights(path)
+    trusted = open_weights(against)[1] if against else {}
+    parts = {name: file.get_slice(names[name]) for name in names}
+    types = {name: part.get_dtype() for name, part in parts.items()}
+    with torch.device("meta"):
+        faults = find_faults(file, names, GPT2(sizes(file, names)))
+    differences, norms, pairs = {}, torch.empty(0), {}
+
+    def read(path, name):  # the map of the file goes when the tensor goes
+        return safe_open(path, "pt").get_tensor(name)
+
+    for name in [n for n in names if types[n] in FLOATS and not EXTRA.fullmatch(n)]:
+        tensor = read(path, names[name])
+        values = tensor.float()
+        if not is_finite(values):
+            faults.append(f"{name!a} holds NaN or infinity")
+        elif values.dim() == 2 and name == "wte.weight":
+            norms = values.norm(dim=1)
+        elif values.dim() == 2 and re.match(r"h\.\d+\.", name):
+            pairs[name] = [*largest_singular_values(values).tolist(), 0.0][:2]
+        if name in trusted:
+            old = read(against, trusted[name])
+            if tensor.shape != old.shape:
+                differences[name] = None
+            elif not same_bits(tensor, old):
+                differences[name] = difference(tensor, old)
+        tick(tensor.nbytes)
+    if against:
+        alone = {*trusted} ^ {*names}
+        differences |= {name: None for name in sorted(alone) if not EXTRA.fullmatch(name)}
+    sha256 = file_hash(path, tick)
+    return {
+        "sha256": sha256,
+        "released": next((name for name in RELEASED if RELEASED[name][1] == sha256), None),
+        "tensors": [(name, types[name], str(parts[name].get_shape())) for name in names],
+        "faults": faults,
+        "suspects": rank_suspects(*oddity(norms, pairs)) if len(norms) else [],
+        "differences": differences,  # {name: a dict, or None where there is nothing to compare}
+    }
+
+
+def label(name, row):
+    """A suspect's name."""
+    return name if row is None else f"{name}[{row}]"
+
+
+def show_report(report):
+    """Print what inspect_file tells, as tables."""
+    begin("tensors", f"SHA-256 {report['sha256']}")
+    kinds = Counter((re.sub(r"\.\d+\.", ".N.", ascii(n)[1:-1]), *t) for n, *t in report["tensors"])
+    rows = [[*kind, str(count)] for kind, count in kinds.items()]
+    grid(["tensor", "type", "shape", "how many"], rows[:30], left=3)
+    begin("suspects", "What stands out most; with a score above 1 it is odd.")
+    grid(["", "score"], [[label(*where), f"{score:.2f}"] for score, *where in report["suspects"]])
+    if report["differences"]:
+        begin("differences", "Rank 8 stands for 8 or more. Size: of the change, over the tensor's.")
+        rows = []
+        for name, change in report["differences"].items():
+            cells = ["missing, or of another shape", "", "", ""]
+            if change:
+                some = ", ".join(map(str, change["rows"][:2])) + ", ..." * (len(change["rows"]) > 2)
+                cells = [
+                    some,
+                    f"{change['numbers']:,}",
+                    str(change["rank"]),
+                    f"{change['size']:.1e}",
+                ]
+            rows.append([ascii(name)[1:-1], *cells])
+        grid(["tensor", "rows", "numbers", "rank", "size"], rows, left=2)
+
+
+def verify(path, against=None):
+    """Print what a weights file is, and how it differs from a trusted one; returns the exit status.
+
+    0: byte for byte a released file, or nothing odd; 1: something odd, or not as the trusted file.
+    Raises InputError, which is status 2, for a file that cannot be read.
+    """
+    open_weights(path)  # before a bar begins
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=2 * Path(path).stat().st_size)
+        report = inspect_file(path, against, lambda count: bar.advance(task, count))
+    show_report(report)
+    odd = [f"{label(*where)} stands out" for score, *where in report["suspects"] if score > 1]
+    odd = [*report["faults"], *odd]
+    if report["released"]:
+        begin("verdict", f"Byte for byte the released {report['released']}: its scores are normal.")
+        odd = []
+    else:
+        begin("verdict", "Not byte for byte a released GPT-2.")
+        none = "Nothing odd was found, which is no proof: a small change does not show."
+        console.print(*(f"Odd: {fault}." for fault in odd[:10]), *([] if odd else [none]), sep="\n")
+    if against:
+        count = len(report["differences"])
+        console.print(f"{count or 'No'} tensors differ from {against}.")
+    return int(bool(odd or report["differences"]))
+
 
 # %% [markdown]
 # ## Figures
@@ -2301,10 +2747,16 @@ def spell_out(error):
     return "".join(spelt), error.end
 
 
-def parse_seed(text):
-    if not 0 <= int(text) < 2**63:
-        raise ValueError
-    return int(text)
+def number(kind, low, high):
+    """A converter for argparse: a number between low and high."""
+
+    def convert(text):
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+
+    convert.__name__ = f"number from {low} to {high}"
+    return convert
 
 
 def parse_acts(text):
@@ -2319,25 +2771,32 @@ def parse_acts(text):
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
-        prog="gpt2_script.py", description="Watch a prompt flow through every operation of GPT-2."
+        prog="gpt2_script.py", description="Watch GPT-2 think, teach it, change its mind, find out."
     )
     add = parser.add_argument
     add("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help=f"default: {PROMPT!r}")
-    add(
-        "--acts",
-        type=parse_acts,
-        default=list(ACTS),
-        help=f"any of {','.join(ACTS)} (default: all)",
-    )
+    add("--model", default="nano", help=f"{', '.join(PRESETS)} or a .safetensors file")
+    add("--acts", type=parse_acts, help=f"any of {','.join(ACTS)} (nano: all, others: watch)")
     add("--layers", default="0", help="blocks traced in full: all, or numbers like 0 or 0,2")
+    add("--generate", type=number(int, 0, 10**6), default=12, metavar="N", help="how many tokens")
+    add(
+        "--temperature", type=number(float, 0, 10**6), default=0.0, metavar="X", help="0: likeliest"
+    )
+    add("--top-k", type=number(int, 1, 10**6), metavar="K", help="draw from the K likeliest")
+    add("--top-p", type=number(float, 1e-9, 1), metavar="P", help="draw from the likeliest share P")
     add("--step", action="store_true", help="wait for Enter after each step")
     add("--full", action="store_true", help="whole activations (of the logits, a corner)")
     add("--figures", metavar="DIR", type=Path, help="save what was shown as PNG files")
+    add("--verify", metavar="FILE", help="check a weights file, nothing else")
+    add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
     add(
-        "--seed", type=parse_seed, default=0, metavar="N", help="of the random weights (default: 0)"
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of all random draws"
     )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.against and not options.verify:
+        parser.error("--against goes with --verify")
+    return options
 
 
 def save_figures(figures, folder):
@@ -2393,30 +2852,39 @@ def choose_folder(path):
 
 def play(options):
     """Run the acts that the command line asks for."""
-    device = choose_device(options.device)
+    device, nano = choose_device(options.device), options.model == "nano"
     if options.figures:
         choose_folder(options.figures)
     view.full, view.step = options.full, options.step
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
-    model = GPT2(PRESETS["nano"]).eval().to(device)
+    model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
+    if model.config.vocab_size != tokenizer.n_vocab:
+        raise InputError(
+            f"{options.model} has {model.config.vocab_size} tokens, GPT-2's text 50257"
+        )
     layers = choose_layers(options.layers, model.config.n_layer)
     run = run_prompt(model, tokenizer, options.prompt)
     figures, facts = {}, small_world(tokenizer)
-    if "watch" in options.acts:
-        watch_act(run, layers)
+    acts = options.acts or (ACTS if nano else ("watch",))
+    if "watch" in acts:
+        names = ("temperature", "top_k", "top_p", "seed")
+        sampling = {name: getattr(options, name) for name in names}
+        watch_act(run, layers, taught=not nano, count=options.generate, **sampling)
         figures |= {f"patterns_h{i}": plot_patterns(run, i) for i in layers}
         figures |= {"stream": plot_stream(run), "logit_lens": plot_logit_lens(run)}
-    if "learn" in options.acts:
+    if "learn" in acts and nano:
         before = matrices(model)
         history = learn_act(model, tokenizer, facts, options.prompt, options.seed)
         figures["learning"] = plot_learning(history)
         figures["weights"] = plot_weights(before, history)
         figures["space"] = plot_space(model, tokenizer, facts, before["wte.weight"])
-    elif "tamper" in options.acts or "detect" in options.acts:
+    elif "learn" in acts:
+        nudge_act(model, facts)
+    elif nano and {"tamper", "detect"} & {*acts}:
         teach(model, facts, options.seed, quiet=True)
-    if "tamper" in options.acts or "detect" in options.acts:
-        figures |= tamper_and_detect(model, tokenizer, facts, options.acts)
+    if {"tamper", "detect"} & {*acts}:
+        figures |= tamper_and_detect(model, tokenizer, facts, acts)
     if options.figures:
         save_figures(figures, options.figures)
 
@@ -2450,12 +2918,15 @@ def tamper_and_detect(model, tokenizer, facts, acts):
 
 
 def main(arguments=None):
-    """The script: returns 0, 2 after one sentence on what cannot be used, 130 after Ctrl-C."""
+    """The script; its exit status: 2 after bad input, 130 after Ctrl-C, else 0 or verify's."""
     codecs.register_error("spell_out", spell_out)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="spell_out")
     try:
-        play(parse_arguments(arguments))
+        options = parse_arguments(arguments)
+        if options.verify:
+            return verify(options.verify, options.against)
+        play(options)
     except InputError as error:
         print(f"gpt2_script.py: error: {error}", file=sys.stderr)
         return 2
