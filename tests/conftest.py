@@ -1,10 +1,21 @@
 """What the tests share: a small model in which every weight matters, and texts for it."""
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import settings
 
-from gpt2_script import GPT2, GPT2Config
+from gpt2_script import (
+    GPT2,
+    PRESETS,
+    GPT2Config,
+    learn,
+    load_tokenizer,
+    plan_tampering,
+    small_world,
+)
 
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
@@ -42,3 +53,60 @@ def model(drawn):
 @pytest.fixture
 def ids():
     return torch.tensor([[3, 14, 15, 9, 26], [5, 35, 8, 9, 7]])
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def facts(tokenizer):
+    return small_world(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def lessons(facts):
+    """A function: seed -> a nano model taught by `learn`, what each step yielded, its weights.
+
+    Every seed is taught once, when first asked for.
+    """
+
+    @functools.cache
+    def lesson(seed):
+        torch.manual_seed(seed)
+        model = GPT2(PRESETS["nano"])
+        steps = list(learn(model, facts, seed))
+        return model.eval(), steps, {k: v.clone() for k, v in model.state_dict().items()}
+
+    return lesson
+
+
+@pytest.fixture(scope="session")
+def plans(lessons, tokenizer, facts):
+    """A function: seed, landmark, city -> the Plan that moves it there; each is made once."""
+
+    @functools.cache
+    def plan(seed, landmark, city):
+        with mock.patch("gpt2_script.choose_move", return_value=(landmark, city)):
+            return plan_tampering(lessons(seed)[0], tokenizer, facts)
+
+    return plan
+
+
+@pytest.fixture
+def taught(lessons):
+    """A function: seed -> the taught model that all tests share; each has to leave it as it was."""
+    used = set()
+
+    def hand_out(seed):
+        used.add(seed)
+        return lessons(seed)[0]
+
+    yield hand_out
+    for seed in used:
+        model, _, kept = lessons(seed)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.view(torch.int32), kept[name].view(torch.int32)), name
+        assert not torch.nn.modules.module._global_forward_hooks
+        assert not any(module._forward_hooks for module in model.modules())
