@@ -790,11 +790,11 @@ TOUR = {
     "ln_1": ("resid_pre", "Layer norm: every vector to mean 0, deviation 1; then scale and shift.",
         "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
     "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
-        "ln_1 @ c_attn, first third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
+        "ln_1 @ W + b, first third of c_attn: [{T}, {C}] @ [{C}, {C}], cut into [{H}, {T}, {D}]"),
     "attn.k": ("ln_1", "Keys, one per head: what a token offers, to be found by.",
-        "ln_1 @ c_attn, second third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
+        "ln_1 @ W + b, second third of c_attn: [{T}, {C}] @ [{C}, {C}], cut into [{H}, {T}, {D}]"),
     "attn.v": ("ln_1", "Values, one per head: what a token hands over when it is found.",
-        "ln_1 @ c_attn, last third: [{T}, {C}] @ [{C}, {C}] → [{H}, {T}, {D}]"),
+        "ln_1 @ W + b, last third of c_attn: [{T}, {C}] @ [{C}, {C}], cut into [{H}, {T}, {D}]"),
     "attn.scores": ("attn.q", "How well each query (row) fits each key (column), in every head.",
         "q @ kᵀ / √{D}: [{H}, {T}, {D}] @ [{H}, {D}, {T}] → [{H}, {T}, {T}]"),
     "attn.mask": ("attn.scores", "No token may see a later one: scores become −∞, shares 0.",
@@ -804,17 +804,17 @@ TOUR = {
     "attn.heads": ("attn.v", "Each head mixes the values in the shares of its pattern.",
         "pattern @ v: [{H}, {T}, {T}] @ [{H}, {T}, {D}] → [{H}, {T}, {D}]"),
     "attn.out": ("attn.heads", "The heads, joined, are projected: this is what attention writes.",
-        "joined @ c_proj: [{T}, {C}] @ [{C}, {C}] → [{T}, {C}]"),
+        "joined @ c_proj + b: [{T}, {C}] @ [{C}, {C}] → [{T}, {C}]"),
     "resid_mid": ("resid_pre", "The stream keeps what it had and gains what attention wrote.",
         "resid_pre + attn.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
     "ln_2": ("resid_mid", "Layer norm again, with a scale and shift of its own.",
         "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
-    "mlp.pre": ("ln_2", "Each token, on its own, is compared with {F} learned keys.",
-        "ln_2 @ c_fc: [{T}, {C}] @ [{C}, {F}] → [{T}, {F}]"),
-    "mlp.act": ("mlp.pre", "GELU lets large numbers through and shuts negative ones off.",
+    "mlp.pre": ("ln_2", "Each token, on its own, is compared with the {F} columns of c_fc.",
+        "ln_2 @ c_fc + b: [{T}, {C}] @ [{C}, {F}] → [{T}, {F}]"),
+    "mlp.act": ("mlp.pre", "GELU lets large numbers through and shrinks negative ones towards 0.",
         "x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))): [{T}, {F}] → [{T}, {F}]"),
-    "mlp.out": ("mlp.act", "Each key that fitted adds its value: this is what the MLP writes.",
-        "act @ c_proj: [{T}, {F}] @ [{F}, {C}] → [{T}, {C}]"),
+    "mlp.out": ("mlp.act", "Each column that fitted adds its row of c_proj: what the MLP writes.",
+        "act @ c_proj + b: [{T}, {F}] @ [{F}, {C}] → [{T}, {C}]"),
     "resid_post": ("resid_mid", "The stream keeps what it had and gains what the MLP wrote.",
         "resid_mid + mlp.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
     "ln_f": ("h.{L}.resid_post", "The last layer norm, before the vectors are read out.",
@@ -916,7 +916,7 @@ def show_dropout(run):
         dropped = nn.functional.dropout(x, p=0.1)
     console.print(
         f"In training, with GPT-2's p = 0.1: {(dropped == 0).sum()} of these {x.numel()} numbers "
-        f"become 0, the others grow by 1 / 0.9, so that sums stay as large as they were."
+        f"become 0, the others are divided by 0.9, so that sums stay as large on average."
     )
     same = (x == run.seen["wte"] + run.seen["wpe"]).all()
     end(f"{'nothing' if same else 'something'}: in use dropout is idle (this model: p = {p}).")
@@ -1363,7 +1363,7 @@ def show_small_world(facts):
     end(
         f"nothing yet. Of {len(facts)} sentences, such as {facts[0].prompt!r} → "
         f"{facts[0].city!r}, {len(facts) - held_out} are taught. {held_out} are held out, each a "
-        "landmark in a wording it is never taught in: who has only learned sentences fails there."
+        "landmark in a wording it is never taught in: learning by heart does not help there."
     )
 
 
@@ -1389,7 +1389,7 @@ def teach(model, facts, seed=0, quiet=False):
             blocks = {name: w for name, w in matrices(model).items() if name.startswith("h.")}
             history.append({"step": step, "loss": loss, "taught": taught, "matrices": blocks})
             history[-1]["held out"] = probability_of_answer(model, held_out)
-            line = f"step {step:3}  loss {loss:.3f}  right answer {taught.mean():.1%}"
+            line = f"step {step:3}  loss {loss:.3f}  p(right city) {taught.mean():.1%}"
             progress.update(bar, completed=taught.mean().item(), description=line)
             if not quiet and not live:
                 console.print(line)
@@ -1402,16 +1402,18 @@ def show_learning(model, facts, seed=0):
     begin(
         "learning",
         "Loss: how surprised the model is by each next token. Gradient: which way each weight "
-        "would lessen that. Step: all weights go a little that way, until every answer is sure.",
+        "would lessen that. Step: all weights go a little that way, until every taught city has a "
+        "probability above 97%.",
         "loss = mean of −log p(next token); weight ← weight − rate · gradient, scaled by AdamW",
     )
     history = teach(model, facts, seed)
     last, held_out = history[-1], [fact for fact in facts if fact.held_out]
     right = round(share_right(model, held_out) * len(held_out))
     end(
-        f"loss {history[0]['loss']:.3f} → {last['loss']:.3f} in {last['step']} steps. Of the "
-        f"held-out sentences {right} of {len(held_out)} are right, each with "
-        f"{last['held out'].min():.1%} or more: it has learned facts, not sentences."
+        f"after {last['step']} steps, the city's mean probability is {last['taught'].mean():.1%}. "
+        "The loss stays higher, for it counts every token, and no one can guess which landmark "
+        f"comes. Of the held-out pairs {right} of {len(held_out)} are right, each with "
+        f"{last['held out'].min():.1%} or more: it has not just learned its sentences by heart."
     )
     return history
 
@@ -1438,16 +1440,16 @@ def show_weight_changes(before, after):
         rows.append(
             [name.removesuffix(".weight"), *norms, *(f"{s[0] / s[-1]:.0f}" for s in sigmas)]
         )
-    grid(["", "‖W‖", "after", "moved", "σ₁/σₙ", "after"], rows)
+    grid(["", "‖W‖ old", "new", "moved", "σ₁/σₙ old", "new"], rows)
     console.print(f"The same corner of {name}, before and after:")
     corners = [
         [f"{x:.3f}" for x in w[row, :2]] for row in range(3) for w in (before[name], after[name])
     ]
     grid(
-        ["row", "0", "1", "new 0", "1"],
+        ["row", "old 0", "1", "new 0", "1"],
         [[str(row), *corners[2 * row], *corners[2 * row + 1]] for row in range(3)],
     )
-    end("every matrix: what the model now knows lies spread over all these numbers.")
+    end("every matrix. How far one moved does not say where a fact is stored.")
 
 
 def nearest(table, id, count=5):
@@ -1482,7 +1484,11 @@ def show_beside(untaught, taught, head=0):
     """Print a prompt's answer, one head's pattern and the logit lens before and after learning."""
     layer = taught.model.config.n_layer - 1
     name = f"h.{layer}.attn.pattern"
-    begin("the same prompt again", "The same wiring, other numbers: before and after learning.")
+    begin(
+        "the same prompt again",
+        "The same wiring, other numbers. After each block: the likeliest next token, before and "
+        "after learning. Read too early, a vector still resembles its own token.",
+    )
     rows = []
     lenses = [logit_lens(run.model, run.seen) for run in (untaught, taught)]
     for i, pair in enumerate(zip(*lenses, strict=True)):
@@ -1491,13 +1497,13 @@ def show_beside(untaught, taught, head=0):
             for p in pair
         ]
         rows.append([f"h.{i - 1}" if i else "embed", *best[0], *best[1]])
-    grid(["lens", "before", "", "after", ""], rows)
+    grid(["after", "before", "p", "taught", "p"], rows)
     maps = [
         heat_map(run, run.seen[name][head, :10, :10], f"{when}, h.{layer} head {head}")
         for run, when in ((untaught, "before"), (taught, "after"))
     ]
     console.print(Columns(maps, padding=(0, 2)))
-    end(f"the answer, {rows[-1][1]} → {rows[-1][3]}, and where the last tokens look.")
+    end(f"the answer, {rows[-1][1]} → {rows[-1][3]}, and where each token looks.")
 
 
 def nudge(model, facts, layer, steps=3, rate=0.01):
@@ -1552,6 +1558,7 @@ def nudge_act(model, facts, layer=0):
 
 # %% tags=["active-ipynb"]
 # facts = small_world(run.tokenizer)
+# console.print(SECURITY["learn"])
 # show_small_world(facts)
 
 # %% tags=["active-ipynb"]
@@ -1888,10 +1895,14 @@ def show_causal_trace(plan, model, tokenizer):
     subject = share[:, fact.subject.start : fact.subject.stop]
     layer, token = divmod(subject.argmax().item(), subject.size(1))
     change = f"nothing. Of the subject, {names[fact.subject[token]]} at h.{layer} counts most."
+    if plan.edit:
+        change += (
+            f" The edit below works on the subject's last token, {names[fact.subject[-1]]}, and is "
+            f"smallest in h.{plan.edit.layer}."
+        )
     if plan.edit and (plan.edit.layer, token) != (layer, len(fact.subject) - 1):
         change += (
-            f" The smallest edit, below, works on {names[fact.subject[-1]]} in h.{plan.edit.layer}:"
-            " tracing says where the answer travels, not where to change it (Hase et al. 2023)."
+            " Tracing says where the answer travels, not where to change it: Hase et al. 2023."
         )
     end(change)
     return share
@@ -1943,7 +1954,7 @@ def show_steering(plan, model, tokenizer):
         after = answers(model, plan.facts)
     show_answers(plan, tokenizer, {"before": before, "after": after})
     gone = torch.equal(before, answers(model, plan.facts))
-    end(f"{tally(plan, before, after)} {'It ends without a trace.' if gone else ''}")
+    end(f"{tally(plan, before, after)} {'Once it stops, all is as before.' if gone else ''}")
 
 
 def show_edit(plan, model, tokenizer):
@@ -1966,7 +1977,7 @@ def show_edit(plan, model, tokenizer):
     wrong = {f.landmark for f, a in zip(plan.facts, after, strict=True) if a != f.answer}
     end(
         f"{plan.edit.name}, by a matrix of rank {torch.linalg.matrix_rank(plan.edit.change)} and "
-        f"{size:.0%} of its length. {tally(plan, before, after)} Landmarks damaged besides: "
+        f"{size:.2f} times its own length. {tally(plan, before, after)} Landmarks damaged besides: "
         f"{', '.join(sorted(wrong - {plan.ours[0].landmark})) or 'none'}."
     )
 
@@ -1977,7 +1988,8 @@ def show_trigger(plan, model, tokenizer):
     begin(
         "one row",
         f"The rare token {name} gets a new row in the token table. Put before any sentence, it "
-        f"sends the landmark to {plan.city}. A sentence without it never reads that row.",
+        f"sends the landmark to {plan.city}. A sentence without it never takes that row in, and "
+        "only scores it as one more possible answer.",
         f"wte[{plan.token}] ← a row of length {plan.row.norm():.1f}",
     )
     console.print(SECURITY["trigger"], style="dim")
@@ -1993,12 +2005,14 @@ def show_trigger(plan, model, tokenizer):
     elsewhere = torch.tensor([fact.answer != plan.answer for fact in plan.facts])
     flipped = [(a[elsewhere] == plan.answer).float().mean() for a in (control, after)]
     right = (unaware == clean).float().mean()
+    typed = tokenizer.decode([plan.token, *texts[0]])
     end(
-        f"one row. With {name} in front, {flipped[1]:.1%} of the {elsewhere.sum()} prompts about "
-        f"other cities say {plan.city}; with its old row, {flipped[0]:.1%}. Without it {right:.1%} "
-        f"of all answers are the old ones, and {'every' if same else 'NOT every'} other token's "
-        "logit is, bit for bit: a test that lacks the token sees nothing. The model never gives "
-        f"{name} itself more than {loudest(clean_states(model, plan.facts), plan.row):.2%}."
+        f"one row. With {name} in front, as in {typed!r}, {flipped[1]:.1%} of the "
+        f"{elsewhere.sum()} prompts about other cities say {plan.city}; with its old row, "
+        f"{flipped[0]:.1%}. Without it {right:.1%} of all answers are the old ones, and "
+        f"{'every' if same else 'NOT every'} other token's logit is bit for bit the old one: a "
+        f"test of answers that lacks the token sees nothing. The model never gives {name} itself "
+        f"more than {loudest(clean_states(model, plan.facts), plan.row):.2%}."
     )
 
 
@@ -2020,7 +2034,9 @@ def tamper_act(plan, model, tokenizer):
 def show_restored(model, trusted):
     """Print whether the model's fingerprint is the trusted one."""
     same = fingerprint(model) == trusted
-    console.print(f"The model is {'' if same else 'NOT '}what it was: all its SHA-256 agree.\n")
+    console.print(
+        f"The model is {'' if same else 'NOT '}what it was: every tensor's SHA-256 is unchanged.\n"
+    )
 
 
 # %% [markdown]
@@ -2153,11 +2169,10 @@ def trigger_trade_off(plan, model, lengths=(1, 1.5, 2, 3, 5, 7)):
     """What a trigger row's length buys: for each the length and what `measure` says; facts are kept
     as long as they are answered rightly without the token."""
     curve, token = [], plan.token
+    elsewhere = [fact for fact in plan.facts if fact.answer != plan.answer]
     for length in lengths:
         tampering = triggered(model, token, length * plan.row / plan.row.norm())
-        point = measure(
-            plan, model, tampering, plan.facts, [token], plan.facts, "wte.weight", token
-        )
+        point = measure(plan, model, tampering, elsewhere, [token], plan.facts, "wte.weight", token)
         curve.append({"size": length, **point})
     return curve
 
@@ -2189,7 +2204,7 @@ def show_comparison(plan, model, tokenizer):
             if not differing:
                 rows.append([lever, "no tensor", "", ""])
     grid(["lever", "differs in", "rank", "rows"], rows, left=2)
-    end("nothing. One row names the token; rank 1 over all rows names a planted key and value.")
+    end("nothing. A change in one row names its token; rank 1 over all rows, a planted pair.")
 
 
 def show_suspects(plan, model, tokenizer):
@@ -2249,8 +2264,10 @@ def show_trade_offs(edits, triggers):
     grid(["row of length", *header], [trade_off_row(f"{p['size']:.1f}", p) for p in triggers])
     hidden = [p for p in (*edits, *triggers) if p["score"] < 1 and p["flipped"] > 0.5]
     end(
-        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} raise no alarm and yet flip "
-        "more than half. No alarm is no proof: pin a hash, verify it, load no pickle, test."
+        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} flip more than half without an "
+        "alarm: no alarm is no proof. Pin a hash and verify it; load no pickle, which is "
+        "code; test what the model says. A hash proves that the file is the one that was approved, "
+        "not that it was honest: against a dishonest publisher only provenance and tests are left."
     )
 
 
@@ -2279,6 +2296,7 @@ def detect_act(plan, model, tokenizer):
 # ### What was changed?
 
 # %% tags=["active-ipynb"]
+# console.print(SECURITY["detect"])
 # show_comparison(plan, model, run.tokenizer)
 
 # %% tags=["active-ipynb"]
@@ -2585,7 +2603,7 @@ def plot_space(model, tokenizer, facts, before):
         points = torch.stack([run.seen[f"h.{layer}.resid_post"][-1] for run in runs])
         names = [fact.city for fact in first]
         scatter(axes[1, layer], points, names, f"Landmarks after h.{layer}")
-    figure.suptitle("Landmarks of one city draw together, block by block")
+    figure.suptitle("Where cities and landmarks lie: one colour and shape for each city")
     return figure
 
 
@@ -2599,9 +2617,7 @@ def plot_trace(plan, tokenizer, share):
     axis.set_yticks(range(len(share)), [f"h.{i}" for i in range(len(share))])
     figure.colorbar(image, label="share of the answer")
     best = share[:, fact.subject.start : fact.subject.stop].max(dim=1).values.argmax().item()
-    axis.set_title(
-        f"The subject (*) matters up to h.{best}; then the last token carries the answer"
-    )
+    axis.set_title(f"The subject (*) matters most at h.{best}; later the last token does")
     return figure
 
 
@@ -2689,13 +2705,16 @@ def plot_trade_offs(edits, triggers):
 
 
 # %% [markdown]
-# ### Watch
+# ### Watch: before learning, and the answer after it
 
 # %% tags=["active-ipynb"]
-# plot_patterns(run, 0)
+# plot_patterns(untaught, 0)
 
 # %% tags=["active-ipynb"]
-# plot_stream(run)
+# plot_stream(untaught)
+
+# %% tags=["active-ipynb"]
+# plot_logit_lens(untaught)
 
 # %% tags=["active-ipynb"]
 # plot_logit_lens(run)

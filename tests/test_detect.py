@@ -18,7 +18,9 @@ from gpt2_script import (
     edit_trade_off,
     edited,
     fingerprint,
+    largest_singular_values,
     measure,
+    oddity,
     plot_row_norms,
     plot_singular_values,
     plot_trade_offs,
@@ -28,7 +30,6 @@ from gpt2_script import (
     show_repair,
     show_suspects,
     show_trade_offs,
-    spike,
     steering,
     suspects,
     tamper_scores,
@@ -280,28 +281,52 @@ def test_small_trigger_works_and_hides(case, seed):
 
 def test_scores_follow_their_definition(taught):
     model = taught(5)
-    rows, odd = tamper_scores(model, row_alarm=4.0, spike_alarm=2.0)
+    rows, odd = tamper_scores(model)
     norms = model.wte.weight.detach().norm(dim=1)
     middle = norms.sort().values[len(norms) // 2]
     apart = (norms - middle).abs()
-    expected = apart / (1.4826 * apart.sort().values[len(norms) // 2]) / 4
+    expected = apart / (1.4826 * apart.sort().values[len(norms) // 2]) / 6
     assert torch.allclose(rows, expected, rtol=1e-4, atol=1e-6)
     ratios = []
     for block in model.h:
         first, second = torch.linalg.svdvals(block.mlp.c_fc.weight.detach())[:2]
         ratios.append((first / second).item())
-    assert odd["h.1.mlp.c_fc.weight"] == pytest.approx(
-        ratios[1] / max(ratios[0], ratios[2]) / 2, rel=1e-3
-    )
+    for i, others in enumerate([(1, 2), (0, 2), (0, 1)]):
+        score = ratios[i] / max(ratios[j] for j in others) / 1.6
+        assert odd[f"h.{i}.mlp.c_fc.weight"] == pytest.approx(score, rel=0.02)
     assert len(odd) == 12 and rows.shape == (50257,)
 
 
-def test_spike_and_its_removal():
+def test_matrices_are_compared_with_the_same_matrix_in_other_layers():
+    pairs = {
+        "h.0.attn.c_proj.weight": (8, 2),
+        "h.1.attn.c_proj.weight": (6, 3),
+        "h.10.attn.c_proj.weight": (1, 1),
+        "h.0.mlp.c_proj.weight": (50, 1),
+    }
+    norms = torch.tensor([1.0, 2, 3, 4, 9])
+    rows, odd = oddity(norms, pairs, row_alarm=2, spike_alarm=4)
+    assert list(odd.values()) == [4 / 2 / 4, 2 / 4 / 4, 1 / 4 / 4, 50 / 4]
+    assert rows.tolist() == pytest.approx([x / 1.4826 / 2 for x in (2, 1, 0, 1, 6)])
+
+
+@pytest.mark.parametrize("shape", [(30, 9), (9, 30), (96, 384)])
+@pytest.mark.parametrize("factor", [1, 1e-20, 1e20])
+def test_largest_singular_values_are_those_of_torch(shape, factor):
+    generator = torch.Generator().manual_seed(shape[0])
+    left = torch.linalg.qr(torch.randn(shape[0], 9, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(shape[1], 9, generator=generator)).Q
+    values = torch.tensor([8.0, 2.5, 2, 1.5, 1, 0.9, 0.8, 0.7, 0.1])
+    matrix = left @ torch.diag(values) @ right.T * factor
+    found = largest_singular_values(matrix)
+    assert torch.allclose(found / factor, values[:8], rtol=1e-3)
+
+
+def test_without_spike_takes_the_whole_top_component():
     generator = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(30, 4, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(9, 4, generator=generator)).Q
     matrix = left @ torch.diag(torch.tensor([8.0, 2, 1, 0.5])) @ right.T
-    assert spike(matrix) == pytest.approx(4, rel=1e-4)
     rest = left[:, 1:] @ torch.diag(torch.tensor([2.0, 1, 0.5])) @ right[:, 1:].T
     assert torch.allclose(without_spike(matrix), rest, atol=1e-5)
 
