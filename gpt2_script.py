@@ -2264,10 +2264,10 @@ def show_trade_offs(edits, triggers):
     grid(["row of length", *header], [trade_off_row(f"{p['size']:.1f}", p) for p in triggers])
     hidden = [p for p in (*edits, *triggers) if p["score"] < 1 and p["flipped"] > 0.5]
     end(
-        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} flip more than half without an "
-        "alarm: no alarm is no proof. Pin a hash and verify it; load no pickle, which is "
-        "code; test what the model says. A hash proves that the file is the one that was approved, "
-        "not that it was honest: against a dishonest publisher only provenance and tests are left."
+        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} flip more than half and "
+        "ring no alarm: no alarm is no proof. Pin a hash and verify it; load no pickle, which is "
+        "code; test what the model says. A hash proves that the file is the one once approved, not "
+        "that it was honest: against a dishonest publisher only provenance and tests are left."
     )
 
 
