@@ -435,9 +435,10 @@ def fetch(name):
     """
     revision, sha256 = RELEASED[name]
     try:
-        from huggingface_hub import hf_hub_download, logging
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # what fails is said below, once
+        logging.set_verbosity_error()  # it tries again for half a minute, and says so each time
         repository = f"openai-community/{name}"
         path = hf_hub_download(repository, "model.safetensors", revision=revision, token=False)
     except Exception as error:  # whatever the network, the hub or the disk comes up with
@@ -577,6 +578,16 @@ def load_model(name_or_path, device="cpu", n_head=None):
 
 
 # %%
+@contextmanager
+def logits_only_at(model, where):
+    """Within the context, model(ids) gives logits [N, V] for the N places `where` of [B, T] alone.
+
+    Almost all of a small model's work is the product with 50,257 token rows.
+    """
+    with model.ln_f.register_forward_hook(lambda module, args, x: x[where]):
+        yield
+
+
 def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Scores [..., V] -> the probabilities [..., V] of the next token; float64, on the CPU.
 
@@ -617,14 +628,15 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     cache, new = [{} for block in model.h], ids  # keys and values: later steps need one token only
-    for _ in range(min(max_new_tokens, room)):
-        logits = model(new, cache)[:, -1]  # [B, V]
-        if temperature == 0:
-            new = logits.argmax(-1, keepdim=True)  # [B, 1]
-        else:
-            probabilities = next_probabilities(logits, temperature, top_k, top_p)
-            new = probabilities.multinomial(1, generator=generator).to(ids.device)  # [B, 1]
-        ids = torch.cat((ids, new), dim=1)
+    with logits_only_at(model, (slice(None), -1)):
+        for _ in range(min(max_new_tokens, room)):
+            logits = model(new, cache)  # [B, V], of the last token
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)  # [B, 1]
+            else:
+                probabilities = next_probabilities(logits, temperature, top_k, top_p)
+                new = probabilities.multinomial(1, generator=generator).to(ids.device)  # [B, 1]
+            ids = torch.cat((ids, new), dim=1)
     return ids
 
 
@@ -1258,16 +1270,6 @@ def padded(model, texts):
     return torch.tensor(rows, device=device), torch.tensor(
         [len(r) - 1 for r in texts], device=device
     )
-
-
-@contextmanager
-def logits_only_at(model, where):
-    """Within the context, model(ids) gives logits [N, V] for the N places `where` of [B, T] alone.
-
-    Almost all of a small model's work is the product with 50,257 token rows.
-    """
-    with model.ln_f.register_forward_hook(lambda module, args, x: x[where]):
-        yield
 
 
 def answer_logits(model, texts):
@@ -2097,7 +2099,7 @@ def oddity(norms, pairs, row_alarm=6.0, spike_alarm=1.6):
     for name, spike in spikes.items():
         kind = name.split(".", 2)[2]
         sisters = [x for other, x in spikes.items() if other != name and other.endswith(f".{kind}")]
-        odd[name] = spike / max(sisters, default=1.0) / spike_alarm
+        odd[name] = spike / max([1.0, *sisters]) / spike_alarm
     return rows, odd
 
 

@@ -93,7 +93,7 @@ def test_default_run_tells_the_whole_story(runs):
     parts = {
         act: " ".join(text.split()) for act, text in acts_in(runs["default"][0].stdout).items()
     }
-    assert "held-out sentences 30 of 30 are right" in parts["learn"]
+    assert re.search(r"held-out \w+ 30 of 30 are right", parts["learn"])
     assert len(re.findall(r"(7|8) of 8 wordings now say Rome", parts["tamper"])) == 2
     assert "The model is what it was" in parts["tamper"]
     assert re.search(r"(7|8) of 8 old answers are back", parts["detect"])

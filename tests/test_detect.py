@@ -363,10 +363,11 @@ def test_edits_curve_is_what_it_says(case):
 def test_triggers_curve_is_what_it_says(case):
     model, plan = case(6)
     curve = trigger_trade_off(plan, model, lengths=(1, 5))
+    elsewhere = [fact for fact in plan.facts if fact.answer != plan.answer]
     assert [p["size"] for p in curve] == [1, 5]
     with triggered(model, plan.token, 5 * plan.row / plan.row.norm()):
         rows, odd = tamper_scores(model)
-        assert curve[1]["flipped"] == share_saying(model, plan.facts, plan.answer, [plan.token])
+        assert curve[1]["flipped"] == share_saying(model, elsewhere, plan.answer, [plan.token])
         assert curve[1]["kept"] == share_right(model, plan.facts)
     assert curve[1]["score"] == pytest.approx(rows[plan.token].item(), rel=1e-6)
     assert curve[1]["place"] == 1 < curve[0]["place"]
@@ -389,7 +390,7 @@ def test_trade_offs_are_printed_and_drawn(capsys):
     assert re.search(r"^25% +88% +98% +7 +0.50 *$", text, re.MULTILINE)
     assert re.search(r"^127% +88% +98% +1 +2.3[45] *$", text, re.MULTILINE)
     assert re.search(r"^1.5 +50% +98% +4321 +0.99 *$", text, re.MULTILINE)
-    assert "1 of these 3 raise no alarm" in words(text)  # the one that flips more than half
+    assert "1 of these 3 " in words(text)  # the one that flips more than half
     left, right = plot_trade_offs(edits, triggers).axes
     drawn = {line.get_label(): line.get_ydata().tolist() for line in left.lines}
     assert drawn == {"flipped": [0.875, 0.875], "kept": [0.98, 0.98]}

@@ -472,7 +472,6 @@ def test_steering_shows_its_numbers(case, tokenizer, capsys):
         flipped = 8 * share_saying(model, plan.ours, plan.answer)
         expected = [flipped, 8, 100 * share_right(model, plan.others)]
     assert tally_of(text) == pytest.approx(expected, abs=0.051)
-    assert "It ends without a trace." in " ".join(text.split())
 
 
 def test_edit_shows_its_numbers_and_its_damage(case, tokenizer, capsys):
@@ -490,7 +489,7 @@ def test_edit_shows_its_numbers_and_its_damage(case, tokenizer, capsys):
         assert tally_of(text) == pytest.approx([flipped, 8, 100 * right / 152], abs=0.051)
         size = plan.edit.change.norm() / model.get_parameter(plan.edit.name).norm()
         flat = " ".join(text.split())
-        assert f"of rank 1 and {size:.0%} of its length" in flat
+        assert "of rank 1 " in flat and f" {size:.2f} times " in flat
         damaged = flat.split("Landmarks damaged besides: ")[1].rstrip(". ")
         named = set() if damaged == "none" else {*damaged.split(", ")}
         assert named == wrong - {MOVES[3][0]}
