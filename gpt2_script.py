@@ -1508,7 +1508,7 @@ def show_beside(untaught, taught, head=0):
     end(f"the answer, {rows[-1][1]} → {rows[-1][3]}, and where each token looks.")
 
 
-def nudge(model, facts, layer, steps=3, rate=0.01):
+def nudge(model, facts, layer, steps=3, rate=0.001):
     """Move one block's matrices by a few plain gradient steps on the facts; returns the losses.
 
     For a model that is too large for an optimizer's memory: weight ← weight − rate · gradient.
@@ -1547,10 +1547,15 @@ def learn_act(model, tokenizer, facts, prompt, seed=0):
 def nudge_act(model, facts, layer=0):
     """Act 2 on weights that already know something: one block moves a little; prints how."""
     title("Learn: one block of a model that already knows")
-    show_small_world(facts)
-    begin("three steps", f"Plain gradient steps on the matrices of h.{layer}, all facts at once.")
+    few = facts[:16]
+    begin(
+        "three steps",
+        f"Plain gradient steps on the matrices of h.{layer} alone, for {len(few)} sentences such as "
+        f"{few[0].prompt!r} → {few[0].city!r}.",
+        "weight ← weight − rate · gradient",
+    )
     before = {name: w for name, w in matrices(model).items() if name.startswith(f"h.{layer}.")}
-    losses = nudge(model, facts[:16], layer)
+    losses = nudge(model, few, layer)
     end(f"loss {' → '.join(f'{loss:.4f}' for loss in losses)}.")
     show_weight_changes(before, {name: matrices(model)[name] for name in before})
 
