@@ -663,11 +663,8 @@ class Run:
     model: GPT2
     tokenizer: tiktoken.Encoding
     ids: list  # T of them
+    tokens: list  # the same as text: position and piece
     seen: dict  # tap name -> its value, without the batch dimension, on the CPU
-
-    @property
-    def tokens(self):
-        return [f"{i} {piece(self.tokenizer, id)}" for i, id in enumerate(self.ids)]
 
 
 @torch.no_grad()
@@ -680,7 +677,8 @@ def run_prompt(model, tokenizer, prompt):
     with watch(model) as seen:
         model(ids.to(model.wte.weight.device))
     seen = {name: (v if name == "wpe" else v[0]).float().cpu() for name, v in seen.items()}
-    return Run(model, tokenizer, ids[0].tolist(), seen)
+    tokens = [f"{i} {piece(tokenizer, id)}" for i, id in enumerate(ids[0].tolist())]
+    return Run(model, tokenizer, ids[0].tolist(), tokens, seen)
 
 
 def title(text):
@@ -875,7 +873,7 @@ def show_step(run, name):
         error, ahead = (value.sum(-1) - 1).abs().max(), (value * later).max()
         change = (
             f"scores became shares. Each row sums to 1 (at most {error:.0e} off); the largest "
-            f"share of a later token is {ahead:.0f}."
+            f"share of a later token is {ahead:g}."
         )
     elif key in ("embed", "resid_mid", "resid_post"):
         stream_change(run, before, value)
@@ -1322,7 +1320,7 @@ def learn(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0, fused=True)
     queue = []
     for step in range(1, max_steps + 1):
-        if len(queue) < 16:  # every fact once, in a new order, before any comes again
+        if len(queue) < 16:  # all taught facts in a new order; what is left of it is dropped
             queue = torch.randperm(len(taught), generator=generator).tolist()
         chosen, queue = queue[:16], queue[16:]
         texts = [taught[i].ids + [taught[i].answer] for i in chosen]
@@ -1345,7 +1343,7 @@ def learn(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3):
 
 # %%
 SECURITY = {  # the names in OWASP's Top 10 for LLM applications (2025) and in MITRE ATLAS
-    "learn": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0020 Training Data Poisoning",
+    "learn": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data",
     "steering": "OWASP LLM09 Misinformation; ATLAS AML.T0018 Manipulate AI Model",
     "edit": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model",
     "trigger": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0043.004 Insert Backdoor Trigger",
@@ -1393,7 +1391,7 @@ def teach(model, facts, seed=0, quiet=False):
             history[-1]["held out"] = probability_of_answer(model, held_out)
             line = f"step {step:3}  loss {loss:.3f}  p(right city) {taught.mean():.1%}"
             progress.update(bar, completed=taught.mean().item(), description=line)
-            if not quiet and not live:
+            if not quiet:
                 console.print(line)
     model.eval()
     return history
@@ -1422,8 +1420,8 @@ def show_learning(model, facts, seed=0):
 
 def singular_values(matrix):
     """A matrix's singular values, the largest first: roots of its Gram matrix's eigenvalues."""
-    small = matrix if matrix.size(0) < matrix.size(1) else matrix.T
-    return torch.linalg.eigvalsh((small @ small.T).double()).clamp(min=1e-12).sqrt().flip(0)
+    small = (matrix if matrix.size(0) < matrix.size(1) else matrix.T).detach().cpu().double()
+    return torch.linalg.eigvalsh(small @ small.T).clamp(min=1e-24).sqrt().flip(0)
 
 
 def show_weight_changes(before, after):
@@ -1477,8 +1475,8 @@ def show_embedding_changes(tokenizer, before, after, id):
     console.print(f"Nearest to {piece(tokenizer, id)}:")
     grid(header, [columns[i] + columns[i + 5] for i in range(5)])
     end(
-        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: a token in no sentence "
-        "is still a possible answer, and every step pushes it away as a wrong one."
+        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: every token is a possible "
+        "answer, and each step pushes the wrong ones away, a little, which AdamW makes a full step."
     )
 
 
@@ -1547,11 +1545,11 @@ def learn_act(model, tokenizer, facts, prompt, seed=0):
 def nudge_act(model, facts, layer=0):
     """Act 2 on weights that already know something: one block moves a little; prints how."""
     title("Learn: one block of a model that already knows")
-    few = facts[:16]
+    few = [fact for fact in facts if not fact.held_out][:16]
     begin(
         "three steps",
-        f"Plain gradient steps on the matrices of h.{layer} alone, for {len(few)} sentences such as "
-        f"{few[0].prompt!r} → {few[0].city!r}.",
+        f"Plain gradient steps on the matrices of h.{layer} alone, for {len(few)} sentences such "
+        f"as {few[0].prompt!r} → {few[0].city!r}.",
         "weight ← weight − rate · gradient",
     )
     before = {name: w for name, w in matrices(model).items() if name.startswith(f"h.{layer}.")}
@@ -1684,7 +1682,7 @@ class Edit:
     """A change of rank one, outer(key, value), to one block's `mlp.c_proj.weight` [4C, C]."""
 
     layer: int
-    key: torch.Tensor  # [4C], reads the subject: 1 for its own activation, about 0 for others'
+    key: torch.Tensor  # [4C], reads the subject: 1 for its own activation, far less for others'
     value: torch.Tensor  # [C], what is then added to the stream
 
     @property
@@ -1701,7 +1699,7 @@ def rank_one_edit(model, requests, keep, answer, layer, ridge=0.03, steps=40, se
 
     The key is C^-1 k over k^T C^-1 k: k is the mean activation at the subject's last token, C the
     second moment of the activations in the facts to `keep`, plus a ridge of its mean diagonal.
-    The value is learned by gradient; the request that lags most counts twice, and the facts to
+    The value is learned by gradient; the request that lags most counts most, and the facts to
     keep have their say in the same loss.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equations 2 to 4.
     """
@@ -1861,13 +1859,15 @@ def choose_move(facts):
 def plan_tampering(model, tokenizer, facts):
     """Work out all three levers on what the model knows: a Plan; None where it knows too little."""
     facts = known_facts(model, facts)
-    move = choose_move(facts)
+    taught = [fact for fact in facts if not fact.held_out]
+    move = choose_move(taught)
     if move is None:
         return None
     landmark, city = move
     ours = [fact for fact in facts if fact.landmark == landmark]
     others = [fact for fact in facts if fact.landmark != landmark]
-    used, kept = ([fact for fact in group if not fact.held_out] for group in (ours, others))
+    used = [fact for fact in taught if fact.landmark == landmark]
+    kept = [fact for fact in taught if fact.landmark != landmark]
     answer = next(fact.answer for fact in facts if fact.city == city)
     away = [fact for fact in kept if fact.city == ours[0].city]
     tap = f"h.{model.config.n_layer // 2}.resid_post"
@@ -1879,7 +1879,7 @@ def plan_tampering(model, tokenizer, facts):
                 break
         strength += 0.25
     edit = smallest_edit(model, used, kept, answer)
-    token = tokenizer.encode_ordinary(" cf")[0]  # a rare token, which nobody types by chance
+    token = tokenizer.encode_ordinary(" cf")[0]  # a rare token
     row = trigger_row(model, used + kept, token, answer)
     return Plan(facts, ours, others, city, answer, tap, vector, strength, edit, token, row)
 
@@ -1923,13 +1923,12 @@ def said(tokenizer, id):
 def show_answers(plan, tokenizer, columns):
     """Print what the landmark's wordings are answered with; columns: {title: answers to all}."""
     ours = [i for i, fact in enumerate(plan.facts) if fact in plan.ours]
-    width = console.width - 12 * len(columns)
+    words = [[shorten(said(tokenizer, a[i]), 10) for a in columns.values()] for i in ours]
+    width = console.width - sum(
+        1 + max(map(cell_len, column)) for column in zip(columns, *words, strict=True)
+    )
     rows = [
-        [
-            shorten(plan.facts[i].prompt, width),
-            *(shorten(said(tokenizer, a[i]), 10) for a in columns.values()),
-        ]
-        for i in ours
+        [shorten(plan.facts[i].prompt, width - 1), *row] for i, row in zip(ours, words, strict=True)
     ]
     grid(["prompt", *columns], rows, left=9)
 
@@ -1960,8 +1959,7 @@ def show_steering(plan, model, tokenizer):
     with steering(model, plan.tap, plan.strength * plan.vector):
         after = answers(model, plan.facts)
     show_answers(plan, tokenizer, {"before": before, "after": after})
-    gone = torch.equal(before, answers(model, plan.facts))
-    end(f"{tally(plan, before, after)} {'Once it stops, all is as before.' if gone else ''}")
+    end(tally(plan, before, after))
 
 
 def show_edit(plan, model, tokenizer):
@@ -1969,22 +1967,22 @@ def show_edit(plan, model, tokenizer):
     begin(
         "one matrix",
         "An MLP's second matrix answers keys with values. One more pair is written into it: the "
-        f"key is {plan.ours[0].landmark}, the value says {plan.city}. Every layer is tried, the "
-        "smallest change that works is kept.",
+        f"key is {plan.ours[0].landmark}, the value says {plan.city}. Of all layers' edits, the "
+        "smallest is kept that makes every taught wording over 60% sure.",
         "W ← W + key valueᵀ",
     )
     console.print(SECURITY["edit"], style="dim")
     if plan.edit is None:
         return end("nothing: no edit of this size, at any layer, makes this model say it.")
-    size = plan.edit.change.norm() / model.get_parameter(plan.edit.name).norm()
-    before = answers(model, plan.facts)
+    weight = model.get_parameter(plan.edit.name)
+    old, before = weight.detach().clone(), answers(model, plan.facts)
     with edited(model, plan.edit):
-        after = answers(model, plan.facts)
+        after, change = answers(model, plan.facts), weight.detach() - old
     show_answers(plan, tokenizer, {"before": before, "after": after})
     wrong = {f.landmark for f, a in zip(plan.facts, after, strict=True) if a != f.answer}
     end(
-        f"{plan.edit.name}, by a matrix of rank {torch.linalg.matrix_rank(plan.edit.change)} and "
-        f"{size:.2f} times its own length. {tally(plan, before, after)} Landmarks damaged besides: "
+        f"{plan.edit.name}, by a matrix of rank {torch.linalg.matrix_rank(change, rtol=1e-4)} and "
+        f"{change.norm() / old.norm():.2f} times its own length. {tally(plan, before, after)} Landmarks damaged besides: "
         f"{', '.join(sorted(wrong - {plan.ours[0].landmark})) or 'none'}."
     )
 
@@ -2018,8 +2016,8 @@ def show_trigger(plan, model, tokenizer):
         f"{elsewhere.sum()} prompts about other cities say {plan.city}; with its old row, "
         f"{flipped[0]:.1%}. Without it {right:.1%} of all answers are the old ones, and "
         f"{'every' if same else 'NOT every'} other token's logit is bit for bit the old one: a "
-        f"test of answers that lacks the token sees nothing. The model never gives {name} itself "
-        f"more than {loudest(clean_states(model, plan.facts), plan.row):.2%}."
+        f"test of answers that lacks the token sees nothing. In no clean sentence does {name} "
+        f"itself get more than {loudest(clean_states(model, plan.facts), plan.row):.2%}."
     )
 
 
@@ -2042,7 +2040,7 @@ def show_restored(model, trusted):
     """Print whether the model's fingerprint is the trusted one."""
     same = fingerprint(model) == trusted
     console.print(
-        f"The model is {'' if same else 'NOT '}what it was: every tensor's SHA-256 is unchanged.\n"
+        f"The model {'is' if same else 'IS NOT'} what it was, by every tensor's SHA-256.\n"
     )
 
 
@@ -2263,7 +2261,7 @@ def show_trade_offs(edits, triggers):
     """Print what the size of an edit and of a trigger's row buys, and what it betrays."""
     begin(
         "what stays invisible",
-        "The smaller the change, the better it hides, and the less it does. Steering leaves no "
+        "A small change hides, and may still do much. Steering leaves no "
         "trace in the file at all: only watching what a model says, or who runs it, helps there.",
     )
     header = ["flipped", "others kept", "place", "score"]
@@ -2474,7 +2472,8 @@ def plot_patterns(run, layer):
     """Figure: every head's pattern in one block, blank where a later token would be seen."""
     pattern = run.seen[f"h.{layer}.attn.pattern"]  # [H, T, T]
     H, T = pattern.shape[:2]
-    pattern = pattern.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), math.nan)
+    later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    pattern = pattern.masked_fill(later & (pattern == 0), math.nan)
     across = min(H, 4)
     figure, axes = new_figure(
         -(-H // across), across, (2.6 * across + 1.5, 2.9 * -(-H // across) + 0.8)
@@ -2690,7 +2689,9 @@ def plot_row_norms(plan, model, tokenizer):
     axis.text(length, 10, f"{piece(tokenizer, plan.token)} ", ha="right")
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set(xlabel="length of a row of wte", ylabel="how many tokens")
-    axis.set_title(f"The trigger's row, {length:.1f} long, stands apart from {len(norms):,} others")
+    axis.set_title(
+        f"The trigger's row, {length:.1f} long, stands apart from {len(norms) - 1:,} others"
+    )
     return figure
 
 
@@ -2707,7 +2708,8 @@ def plot_trade_offs(edits, triggers):
             axis.axvspan(min(ringing), max(sizes), color=GREY, alpha=0.2, label="alarm rings")
         axis.set(xlabel=title, ylabel="share of answers", ylim=(-0.05, 1.05))
     axes[0, 0].legend(frameon=False)
-    figure.suptitle("A small change hides, a large one works and rings the alarm")
+    hidden = [point["flipped"] for point in (*edits, *triggers) if point["score"] < 1]
+    figure.suptitle(f"Without an alarm, up to {max(hidden, default=0):.0%} can be flipped")
     return figure
 
 
@@ -2767,7 +2769,8 @@ def plot_trade_offs(edits, triggers):
 # %% tags=["active-py"]
 ACTS, COUNT = ("watch", "learn", "tamper", "detect"), "a whole number from 0"
 IN_ASCII = {"→": "->", "−": "-", "√": "sqrt ", "·": ".", "…": ".", "█": "#", "∞": "inf"}
-IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3"}
+IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3", "←": "<-", "‖": "||", "Δ": "d"}
+IN_ASCII |= {"σ": "s", "≠": "!=", "×": "x", "₁": "1", "₂": "2", "ₙ": "n", "–": "-"}
 
 
 def spell_out(error):
@@ -2855,21 +2858,22 @@ def parse_arguments(arguments):
     return options
 
 
-def save_figures(figures, folder):
-    """Write figures {name: figure} as PNG files into a folder, each whole or not at all.
+def save(folder, name, plot, *arguments):
+    """Draw a figure and write it into the folder, whole or not at all; without a folder, nothing.
 
-    Raises InputError where that cannot be done.
+    Raises InputError where it cannot be written.
     """
-    for name, figure in figures.items():
-        path, part = folder / f"{name}.png", folder / f".{name}.part"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
-                figure.savefig(part, format="png")
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
+    if folder is None:
+        return
+    path, part = folder / f"{name}.png", folder / f".{name}.part"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
+            plot(*arguments).savefig(part, format="png")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
 def choose_layers(text, n_layer):
@@ -2898,19 +2902,19 @@ def choose_device(name):
 
 
 def choose_folder(path):
-    """`--figures` as a folder that exists and can be written. Raises InputError where it cannot."""
+    """`--figures` as a folder that can be written, or None. Raises InputError where it cannot."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        return path
     except OSError as error:
-        raise InputError(f"cannot write figures to {path}: {error.strerror}") from error
+        raise InputError(f"cannot write figures to {str(path)!r}: {error.strerror}") from error
 
 
 def play(options):
     """Run the acts that the command line asks for."""
     device, nano = choose_device(options.device), options.model == "nano"
-    if options.figures:
-        choose_folder(options.figures)
     view.full, view.step = options.full, options.step
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
@@ -2920,41 +2924,40 @@ def play(options):
             f"{options.model} has {model.config.vocab_size} tokens, GPT-2's text 50257"
         )
     layers = choose_layers(options.layers, model.config.n_layer)
-    run = run_prompt(model, tokenizer, options.prompt)
-    figures, facts = {}, small_world(tokenizer)
+    run, facts = run_prompt(model, tokenizer, options.prompt), small_world(tokenizer)
     acts = options.acts or (ACTS if nano else ("watch",))
+    folder = choose_folder(options.figures)
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = {name: getattr(options, name) for name in names}
         watch_act(run, layers, taught=not nano, count=options.generate, **sampling)
-        figures |= {f"patterns_h{i}": plot_patterns(run, i) for i in layers}
-        figures |= {"stream": plot_stream(run), "logit_lens": plot_logit_lens(run)}
+        for layer in layers:
+            save(folder, f"patterns_h{layer}", plot_patterns, run, layer)
+        save(folder, "stream", plot_stream, run)
+        save(folder, "logit_lens", plot_logit_lens, run)
     if "learn" in acts and nano:
         before = matrices(model)
         history = learn_act(model, tokenizer, facts, options.prompt, options.seed)
-        figures["learning"] = plot_learning(history)
-        figures["weights"] = plot_weights(before, history)
-        figures["space"] = plot_space(model, tokenizer, facts, before["wte.weight"])
+        save(folder, "learning", plot_learning, history)
+        save(folder, "weights", plot_weights, before, history)
+        save(folder, "space", plot_space, model, tokenizer, facts, before["wte.weight"])
     elif "learn" in acts:
         nudge_act(model, facts)
     elif nano and {"tamper", "detect"} & {*acts}:
         teach(model, facts, options.seed, quiet=True)
     if {"tamper", "detect"} & {*acts}:
-        figures |= tamper_and_detect(model, tokenizer, facts, acts)
-    if options.figures:
-        save_figures(figures, options.figures)
+        tamper_and_detect(model, tokenizer, facts, acts, folder)
 
 
-def tamper_and_detect(model, tokenizer, facts, acts):
-    """Run either act or both on a model that knows some of the facts; returns their figures."""
+def tamper_and_detect(model, tokenizer, facts, acts, folder=None):
+    """Run either act or both on a model, as far as it knows the facts."""
     plan = plan_tampering(model, tokenizer, facts)
-    figures = {}
     if plan is None:
-        console.print(
-            "To tamper and detect, a model must know two landmarks in each of two cities; this one "
-            f"knows {len({fact.landmark for fact in known_facts(model, facts)})} landmarks."
+        known = {fact.landmark for fact in known_facts(model, facts)}
+        return console.print(
+            "To tamper and detect, a model must know two landmarks in each of two cities; of all "
+            f"{len({fact.landmark for fact in facts})} this one knows {len(known)} in some wording."
         )
-        return figures
     unknown = len(facts) - len(plan.facts)
     if unknown:
         console.print(
@@ -2962,22 +2965,22 @@ def tamper_and_detect(model, tokenizer, facts, acts):
         )
     if "tamper" in acts:
         trace = tamper_act(plan, model, tokenizer)
-        figures["trace"] = plot_trace(plan, tokenizer, trace)
-        figures["answers"] = plot_answers(plan, model)
+        save(folder, "trace", plot_trace, plan, tokenizer, trace)
+        save(folder, "answers", plot_answers, plan, model)
     if "detect" in acts:
         edits, triggers = detect_act(plan, model, tokenizer)
-        figures["row_norms"] = plot_row_norms(plan, model, tokenizer)
+        save(folder, "row_norms", plot_row_norms, plan, model, tokenizer)
         if plan.edit:
-            figures["singular_values"] = plot_singular_values(plan, model)
-            figures["trade_offs"] = plot_trade_offs(edits, triggers)
-    return figures
+            save(folder, "singular_values", plot_singular_values, plan, model)
+            save(folder, "trade_offs", plot_trade_offs, edits, triggers)
 
 
 def main(arguments=None):
     """The script; its exit status: 2 after bad input, 130 after Ctrl-C, else 0 or verify's."""
     codecs.register_error("spell_out", spell_out)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="spell_out")
+        if hasattr(stream, "reconfigure"):  # a closed one is None
+            stream.reconfigure(errors="spell_out")
     try:
         options = parse_arguments(arguments)
         if options.verify:
