@@ -7,13 +7,18 @@
 # # installs what is missing, for instance in Colab
 # from importlib.util import find_spec
 #
-# missing = [name for name in ("torch", "tiktoken", "rich", "matplotlib") if not find_spec(name)]
+# missing = [name for name in ("torch", "tiktoken", "rich", "safetensors", "matplotlib") if not find_spec(name)]
 # if missing:
 #     %pip install -q {" ".join(missing)}
 
-# %%
-from __future__ import annotations
+# %% tags=["active-py"]
+import os
+import signal
 
+if __name__ == "__main__":  # Ctrl-C is quiet from the start: the imports below take a second
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+# %%
 import argparse
 import codecs
 import copy
@@ -1475,7 +1480,7 @@ def show_embedding_changes(tokenizer, before, after, id):
     console.print(f"Nearest to {piece(tokenizer, id)}:")
     grid(header, [columns[i] + columns[i + 5] for i in range(5)])
     end(
-        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: every token is a possible "
+        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: each token is a possible "
         "answer, and each step pushes the wrong ones away, a little, which AdamW makes a full step."
     )
 
@@ -1982,7 +1987,8 @@ def show_edit(plan, model, tokenizer):
     wrong = {f.landmark for f, a in zip(plan.facts, after, strict=True) if a != f.answer}
     end(
         f"{plan.edit.name}, by a matrix of rank {torch.linalg.matrix_rank(change, rtol=1e-4)} and "
-        f"{change.norm() / old.norm():.2f} times its own length. {tally(plan, before, after)} Landmarks damaged besides: "
+        f"{change.norm() / old.norm():.2f} times its own length. {tally(plan, before, after)} "
+        "Landmarks damaged besides: "
         f"{', '.join(sorted(wrong - {plan.ours[0].landmark})) or 'none'}."
     )
 
@@ -2995,4 +3001,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

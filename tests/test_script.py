@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,16 @@ def test_ctrl_c_exits_130_quietly():
     )
     while b"Press Enter" not in process.stdout.readline():
         pass
+    process.send_signal(2)
+    assert process.communicate()[1] == b"" and process.returncode == 130
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.0])
+def test_ctrl_c_is_quiet_from_the_start(delay):
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    time.sleep(delay)
     process.send_signal(2)
     assert process.communicate()[1] == b"" and process.returncode == 130
 
