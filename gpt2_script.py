@@ -7,7 +7,8 @@
 # # installs what is missing, for instance in Colab
 # from importlib.util import find_spec
 #
-# missing = [name for name in ("torch", "tiktoken", "rich", "safetensors", "matplotlib") if not find_spec(name)]
+# needed = ("torch", "tiktoken", "rich", "safetensors", "matplotlib")
+# missing = [name for name in needed if not find_spec(name)]
 # if missing:
 #     %pip install -q {" ".join(missing)}
 
@@ -1480,7 +1481,7 @@ def show_embedding_changes(tokenizer, before, after, id):
     console.print(f"Nearest to {piece(tokenizer, id)}:")
     grid(header, [columns[i] + columns[i + 5] for i in range(5)])
     end(
-        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: each token is a possible "
+        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: each is a possible "
         "answer, and each step pushes the wrong ones away, a little, which AdamW makes a full step."
     )
 

@@ -52,6 +52,7 @@ def test_watched_run_shows_every_step_in_order(watch_run):
     block += " attn.out resid_mid ln_2 mlp.pre mlp.act mlp.out resid_post"
     expected = ["tokens", "wte", "wpe", "embed", "dropout", *(f"h.0.{s}" for s in block.split())]
     expected += ["h.1 to h.2", "ln_f", "logits", "probabilities", "logit lens", "the whole way"]
+    expected += ["the cache", "continuation"]
     assert headings == expected
     assert watch_run.stdout.count("Changed: ") == len(expected)
     assert "random draws" in watch_run.stdout
