@@ -1338,7 +1338,7 @@ def learn(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3):
             loss = nn.functional.cross_entropy(model(ids[:, :-1]), ids[:, 1:][real])
         optimizer.zero_grad()
         loss.backward()
-        rate = peak_rate * min(step / 10, (max_steps - step) / (max_steps - 10))
+        rate = peak_rate * min(step / 10, (max_steps - step) / max(1, max_steps - 10))
         optimizer.param_groups[0]["lr"] = rate  # a short warm-up, then a straight way down
         optimizer.step()
         probabilities = probability_of_answer(model, taught) if step % 10 == 0 else None
@@ -1857,8 +1857,8 @@ def choose_move(facts):
     cities = [city for city, names in landmarks.items() if len(set(names)) > 1]
     if len(cities) < 2:
         return None
-    home = "Paris" if "Paris" in cities else cities[0]
-    away = "Rome" if "Rome" in cities else next(city for city in cities if city != home)
+    cities.sort(key=lambda city: (city != "Paris", city == "Rome"))  # Paris first, Rome last
+    home, away = cities[0], cities[-1]
     return landmarks[home][0], away
 
 
@@ -2143,7 +2143,7 @@ def compare(trusted, model):
     return {
         name: tensor.detach() - trusted[name]
         for name, tensor in model.state_dict().items()
-        if not torch.equal(tensor, trusted[name])
+        if not same_bits(tensor, trusted[name])
     }
 
 

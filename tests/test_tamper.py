@@ -130,7 +130,7 @@ def test_unknown_facts_are_left_out_and_counted(taught, tokenizer, facts, capsys
     wrong = [replace(f, answer=f.answer + 1) if f.landmark == "the Shard" else f for f in facts]
     model = taught(7)
     assert known_facts(model, wrong) == [f for f in facts if f.landmark != "the Shard"]
-    assert tamper_and_detect(model, tokenizer, wrong, []) == {}
+    tamper_and_detect(model, tokenizer, wrong, [])
     assert "8 of 160 facts are left out" in " ".join(capsys.readouterr().out.split())
 
 
@@ -548,10 +548,11 @@ def test_all_acts_run_on_random_weights_of_another_size(tokenizer, facts, capsys
     watch_act(run_prompt(model, tokenizer, facts[0].prompt), [0])
     nudge_act(model, facts, n_layer - 1)
     before = bits(model)
-    assert tamper_and_detect(model, tokenizer, facts, ["tamper", "detect"]) == {}
+    tamper_and_detect(model, tokenizer, facts, ["tamper", "detect"])
     text = " ".join(capsys.readouterr().out.split())
     known = len({fact.landmark for fact in known_facts(model, facts)})
-    assert f"two landmarks in each of two cities; this one knows {known} landmarks" in text
+    assert "must know two landmarks in each of two cities" in text
+    assert f"this one knows {known} " in text
     assert changed(model, before) == []
 
 
