@@ -2343,7 +2343,7 @@ def difference(new, old):
         changed = (new_bits != old_bits).any(1)
     else:
         changed = (new != old).flatten()
-    change = torch.atleast_2d(new.float() - old.float())
+    change = torch.atleast_2d(new.float() - old.float()).flatten(0, -2)
     values = largest_singular_values(change.nan_to_num())
     return {
         "rows": changed.view(change.shape).any(1).nonzero().flatten().tolist(),
@@ -2376,7 +2376,7 @@ def inspect_file(path, against=None, tick=lambda count: None):
             faults.append(f"{name!a} holds NaN or infinity")
         elif values.dim() == 2 and name == "wte.weight":
             norms = values.norm(dim=1)
-        elif values.dim() == 2 and re.match(r"h\.\d+\.", name):
+        elif values.dim() == 2 and values.numel() and re.match(r"h\.\d+\.", name):
             pairs[name] = [*largest_singular_values(values).tolist(), 0.0][:2]
         if name in trusted:
             old = read(against, trusted[name])

@@ -137,9 +137,11 @@ def test_a_known_example():
 
 
 def test_equal_scores_keep_exactly_k_and_the_first_wins():
-    shares = next_probabilities(torch.zeros(2, 5), top_k=3)
+    shares = next_probabilities(torch.zeros(2, 5000), top_k=3)
     assert shares.count_nonzero(dim=-1).tolist() == [3, 3]
+    assert shares.nonzero().tolist() == [[row, id] for row in range(2) for id in range(3)]
     assert next_probabilities(torch.zeros(5), 0).tolist() == [1, 0, 0, 0, 0]
+    assert next_probabilities(torch.zeros(4), top_p=0.5).tolist() == [0.5, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e30, math.inf])

@@ -146,6 +146,13 @@ def test_half_precision_and_prefix(dtype, clean, write):
     assert report["suspects"][0][0] > 1 and not report["faults"]
 
 
+@pytest.mark.parametrize("shape", [(0, 24), (24, 0), (), (2, 3, 4), (1, 1)])
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight", "h.9.spare", "h.9."])
+def test_tensors_of_any_shape_are_reported(name, shape, clean, write):
+    paths = [write({**clean, name: torch.full(shape, x)}, f"{x}.safetensors") for x in (1.0, 2.0)]
+    assert verify(*paths) == 1
+
+
 def test_unreadable_files_are_one_sentence(clean, write, tmp_path):
     path = write(clean)
     path.write_bytes(path.read_bytes()[:-5])
@@ -284,3 +291,11 @@ def test_difference_of_a_vector():
         "rank": 1,
         "size": pytest.approx(0.1),
     }
+
+
+@pytest.mark.parametrize("sizes, rank", [((1.0, 0.4, 0.01), 3), ((1.0, 0.4, 1e-5), 2)])
+def test_the_rank_counts_what_is_a_thousandth_of_the_largest(sizes, rank):
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 3)).Q for n in (20, 30))
+    change = left @ torch.diag(torch.tensor(sizes)) @ right.T
+    assert difference(change, torch.zeros(20, 30))["rank"] == rank

@@ -289,6 +289,14 @@ def test_a_head_of_its_own_is_an_attack(change, tensors, tmp_path):
     assert "tampered with" in refusal_of(tensors, tmp_path)
 
 
+def test_a_width_of_96_is_not_taken_for_one_head(tmp_path):
+    config = transformers.GPT2Config(vocab_size=9, n_positions=4, n_embd=96, n_layer=1, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path / "model.safetensors").config.n_head == 4
+    (tmp_path / "config.json").unlink()
+    assert "n_head" in refusal(tmp_path / "model.safetensors")
+
+
 # ---- released names
 
 
