@@ -2190,6 +2190,15 @@ def trigger_trade_off(plan, model, lengths=(1, 1.5, 2, 3, 5, 7)):
 
 
 # %%
+def levers(plan, model):
+    """{name: a context, to be entered once, in which the model is tampered with in that way}."""
+    contexts = {"untampered": nullcontext()}
+    contexts["one activation"] = steering(model, plan.tap, plan.strength * plan.vector)
+    if plan.edit:
+        contexts["one matrix"] = edited(model, plan.edit)
+    return contexts | {"one row": triggered(model, plan.token, plan.row)}
+
+
 def show_comparison(plan, model, tokenizer):
     """Print what a trusted copy tells: which tensor changed, and the change's shape."""
     begin(
@@ -2199,11 +2208,7 @@ def show_comparison(plan, model, tokenizer):
     )
     trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prints, rows = fingerprint(model), []
-    levers = {"one activation": steering(model, plan.tap, plan.strength * plan.vector)}
-    if plan.edit:
-        levers["one matrix"] = edited(model, plan.edit)
-    levers["one row"] = triggered(model, plan.token, plan.row)
-    for lever, context in levers.items():
+    for lever, context in levers(plan, model).items():
         with context:
             differing = [name for name, sha in fingerprint(model).items() if sha != prints[name]]
             for name, difference in compare(trusted, model).items():
@@ -2228,15 +2233,12 @@ def show_suspects(plan, model, tokenizer):
         "matrix in other layers.",
         "score 1 = alarm: row |z| = 6, or σ₁/σ₂ = 1.6 × the largest of its sisters",
     )
-    cases, rows = {"untampered": nullcontext()}, []
-    if plan.edit:
-        cases["one matrix"] = edited(model, plan.edit)
-    cases["one row"] = triggered(model, plan.token, plan.row)
-    for case, context in cases.items():
+    rows = []
+    for lever, context in levers(plan, model).items():
         with context:
             for place, (score, name, row) in enumerate(suspects(model, 2)):
                 name += "" if row is None else f" {piece(tokenizer, row)}"
-                rows.append(["" if place else case, name, f"{score:.2f}"])
+                rows.append(["" if place else lever, name, f"{score:.2f}"])
     grid(["tampered with", "suspects", "score"], rows, left=2)
     end("nothing. A score above 1 raises the alarm.")
 
@@ -2636,23 +2638,12 @@ def plot_trace(plan, tokenizer, share):
 
 def plot_answers(plan, model):
     """Figure: the share of answers that each lever turns, and of those that it leaves alone."""
-    with steering(model, plan.tap, plan.strength * plan.vector):
-        steered = [share_saying(model, plan.ours, plan.answer), share_right(model, plan.others)]
-    bars = {
-        "untouched": [share_saying(model, plan.ours, plan.answer), share_right(model, plan.others)]
-    }
-    bars["one activation"] = steered
-    if plan.edit:
-        with edited(model, plan.edit):
-            bars["one matrix"] = [
-                share_saying(model, plan.ours, plan.answer),
-                share_right(model, plan.others),
-            ]
-    with triggered(model, plan.token, plan.row):
-        bars["one row"] = [
-            share_saying(model, plan.ours, plan.answer, [plan.token]),
-            share_right(model, plan.others),
-        ]
+    bars = {}
+    for lever, context in levers(plan, model).items():
+        before = [plan.token] if lever == "one row" else ()
+        with context:
+            flipped = share_saying(model, plan.ours, plan.answer, before)
+            bars[lever] = flipped, share_right(model, plan.others)
     figure, [[axis]] = new_figure(1, 1, (8, 4))
     labels = (f"{plan.ours[0].landmark} → {plan.city}", "other facts right (no trigger)")
     for i, (label, colour) in enumerate(zip(labels, (ORANGE, BLUE), strict=True)):
