@@ -343,7 +343,9 @@ class GPT2(nn.Module):
 
 # %%
 def tapped(model, patterns):
-    """{name: module} for every tap that a shell-style pattern matches, in the order of the wiring.
+    """{name: module} for all taps that a shell-style pattern matches, or, without patterns, all.
+
+    In the order of the wiring.
 
     Raises ValueError for a pattern that matches nothing; the message lists names that are near.
     """
@@ -352,6 +354,8 @@ def tapped(model, patterns):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in taps):
             near = difflib.get_close_matches(pattern, taps, cutoff=0.3) or list(taps)[:5]
             raise ValueError(f"no tap is named {pattern!r}; near: {', '.join(near)}")
+    if not patterns:
+        return taps
     return {n: m for n, m in taps.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
 
 
@@ -364,7 +368,7 @@ def watch(model, *patterns):
     """
     seen = {}
     with ExitStack() as stack:
-        for name, module in tapped(model, patterns or ["*"]).items():
+        for name, module in tapped(model, patterns).items():
 
             def record(module, args, value, name=name):
                 seen[name] = value.detach()
@@ -2694,13 +2698,16 @@ def plot_row_norms(plan, model, tokenizer):
 
 
 def plot_trade_offs(edits, triggers):
-    """Figure: what the size of an edit and of a trigger's row buys and betrays."""
+    """Figure: what the size of an edit and of a trigger's row buys, and its place as a suspect."""
     figure, axes = new_figure(1, 2, (10, 4.2))
     titles = ("Edit: ‖ΔW‖ / ‖W‖", "Trigger: length of its row")
     for axis, curve, title in zip(axes[0], (edits, triggers), titles, strict=True):
         sizes = [point["size"] for point in curve]
         for key, colour in (("flipped", ORANGE), ("kept", BLUE)):
             axis.plot(sizes, [point[key] for point in curve], "o-", color=colour, label=key)
+        for point in curve:  # its place among the suspects
+            where = point["size"], point["flipped"]
+            axis.annotate(f"#{point['place']}", where, xytext=(4, -12), textcoords="offset points")
         ringing = [point["size"] for point in curve if point["score"] > 1]
         if ringing:
             axis.axvspan(min(ringing), max(sizes), color=GREY, alpha=0.2, label="alarm rings")
