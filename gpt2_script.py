@@ -10,7 +10,7 @@
 # needed = ("torch", "tiktoken", "rich", "safetensors", "matplotlib")
 # missing = [name for name in needed if not find_spec(name)]
 # if missing:
-#     %pip install -q {" ".join(missing)}
+#     get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
 
 # %% tags=["active-py"]
 import os

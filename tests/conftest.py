@@ -23,6 +23,19 @@ from gpt2_script import (
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
 
+MOVES = {  # seed: who is moved where
+    1: ("the Brandenburg Gate", "Paris"),
+    2: ("the Colosseum", "Athens"),
+    3: ("the Trevi Fountain", "Berlin"),
+    4: ("the Shard", "Berlin"),
+    5: ("the Louvre", "London"),
+    6: ("the Parthenon", "Moscow"),
+    7: ("the Kremlin", "Paris"),
+    9: ("the Tate Modern", "Rome"),
+}
+every_move = pytest.mark.parametrize("seed", MOVES)
+MOST = 7 / 8  # of a landmark's wordings
+
 
 @pytest.fixture(scope="session")
 def drawn():
@@ -114,6 +127,12 @@ def taught(lessons):
             assert torch.equal(tensor.view(torch.int32), kept[name].view(torch.int32)), name
         assert not torch.nn.modules.module._global_forward_hooks
         assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.fixture
+def case(taught, plans):
+    """A function: seed -> the taught model and the Plan for its move."""
+    return lambda seed: (taught(seed), plans(seed, *MOVES[seed]))
 
 
 @pytest.fixture(scope="session")

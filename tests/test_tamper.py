@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import MOST, MOVES, every_move
 
 from gpt2_script import (
     GPT2,
@@ -43,25 +44,6 @@ from gpt2_script import (
     triggered,
     watch_act,
 )
-
-MOVES = {  # seed: who is moved where
-    1: ("the Brandenburg Gate", "Paris"),
-    2: ("the Colosseum", "Athens"),
-    3: ("the Trevi Fountain", "Berlin"),
-    4: ("the Shard", "Berlin"),
-    5: ("the Louvre", "London"),
-    6: ("the Parthenon", "Moscow"),
-    7: ("the Kremlin", "Paris"),
-    9: ("the Tate Modern", "Rome"),
-}
-every_move = pytest.mark.parametrize("seed", MOVES)
-MOST = 7 / 8  # of a landmark's wordings
-
-
-@pytest.fixture
-def case(taught, plans):
-    """A function: seed -> the taught model and the Plan for its move."""
-    return lambda seed: (taught(seed), plans(seed, *MOVES[seed]))
 
 
 def bits(model):
