@@ -2241,6 +2241,7 @@ def show_suspects(plan, model, tokenizer):
     for lever, context in levers(plan, model).items():
         with context:
             for place, (score, name, row) in enumerate(suspects(model, 2)):
+                name = name.removesuffix(".weight")
                 name += "" if row is None else f" {piece(tokenizer, row)}"
                 rows.append(["" if place else lever, name, f"{score:.2f}"])
     grid(["tampered with", "suspects", "score"], rows, left=2)
@@ -2538,7 +2539,8 @@ def plot_logit_lens(run):
     labels = [f"{name}  {share:.2%}" for name, share in zip(names, shares, strict=True)]
     axis.bar_label(bars, labels, padding=4)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.4 * max(shares))
+    axis.set_xlim(0, 1.4 * max(shares))  # room for the labels
+    axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 1])
     axis.set_xlabel("probability of the likeliest next token")
     agreeing = [i for i, id in enumerate(ids) if id == ids[-1]]
     axis.set_title(f"{names[-1]} leads after {len(agreeing)} of {len(ids)} read-outs")
@@ -2711,7 +2713,8 @@ def plot_trade_offs(edits, triggers):
         ringing = [point["size"] for point in curve if point["score"] > 1]
         if ringing:
             axis.axvspan(min(ringing), max(sizes), color=GREY, alpha=0.2, label="alarm rings")
-        axis.set(xlabel=title, ylabel="share of answers", ylim=(-0.05, 1.05))
+        axis.set(xlabel=title, ylabel="share of answers", ylim=(-0.1, 1.05))
+        axis.margins(x=0.12)  # room for the places
     axes[0, 0].legend(frameon=False)
     hidden = [point["flipped"] for point in (*edits, *triggers) if point["score"] < 1]
     figure.suptitle(f"Without an alarm, up to {max(hidden, default=0):.0%} can be flipped")

@@ -402,8 +402,10 @@ def test_suspects_are_printed_with_their_scores(case, tokenizer, capsys):
     contexts["one row"] = triggered(model, plan.token, plan.row)
     for label, context in contexts.items():
         with context:
-            score, name, _ = suspects(model, 1)[0]
-        assert re.search(rf"^{label} +{re.escape(name)}.* {score:.2f} *$", text, re.MULTILINE)
+            score, name, row = suspects(model, 1)[0]
+        shown = name.removesuffix(".weight")
+        shown += "" if row is None else f" '{tokenizer.decode([row])}'"
+        assert re.search(rf"^{label} +{re.escape(shown)} +{score:.2f} *$", text, re.MULTILINE)
 
 
 def test_repair_is_printed_as_it_went(case, tokenizer, capsys):
