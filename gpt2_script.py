@@ -61,7 +61,7 @@ from torch.nn.modules.module import register_module_forward_hook
 # %%
 @dataclass(frozen=True)
 class GPT2Config:
-    """The sizes of a GPT-2 and how its weights are drawn; the defaults are the released `gpt2`.
+    """The sizes of a GPT-2 and how its weights are drawn; by default the sizes of `gpt2`.
 
     Raises ValueError when the sizes do not fit together.
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
@@ -451,13 +451,14 @@ def fetch(name):
         logging.set_verbosity_error()  # it tries again for half a minute, and says so each time
         repository = f"openai-community/{name}"
         path = hf_hub_download(repository, "model.safetensors", revision=revision, token=False)
+        path = Path(path).resolve()  # not a link to it, so that deleting it helps
+        found = file_hash(path)
     except Exception as error:  # whatever the network, the hub or the disk comes up with
         raise InputError(
             f"cannot fetch {name} from the model hub ({type(error).__name__}): check the network "
             "and the disk, or give a .safetensors file"
         ) from error
-    path = Path(path).resolve()  # not a link to it, so that deleting it helps
-    if file_hash(path) != sha256:
+    if found != sha256:
         raise InputError(f"{path} is not the released {name}, its SHA-256 differs: delete it")
     return path
 
@@ -468,12 +469,17 @@ def open_weights(path):
     Raises InputError for what is no such file, and for a pickle.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {what}: give a .safetensors file or one of {', '.join(RELEASED)}")
-    if path.suffix.lower() in PICKLES:
-        raise InputError(f"{path} is a pickle, and unpickling runs code: give a .safetensors file")
     try:
+        if not path.is_file():
+            what = "is no file" if path.exists() else "does not exist"
+            what = "is a folder" if path.is_dir() else what
+            names = ", ".join(RELEASED)
+            raise InputError(f"{path} {what}: give a .safetensors file or one of {names}")
+        if path.suffix.lower() in PICKLES:
+            what = "is a pickle, and unpickling runs code"
+            raise InputError(f"{path} {what}: give a .safetensors file")
+        if re.search(r"[\ud800-\udfff]", str(path)):  # safetensors would not find it
+            raise InputError(f"{path} has a name that is not UTF-8: rename it")
         with open(path, "rb") as start:
             first = start.read(9)  # the header's length, then the header, which is JSON
         file = safe_open(path, "pt")
@@ -540,7 +546,7 @@ def count_heads(path, width):
     try:
         beside = Path(path).with_name("config.json")
         return json.loads(beside.read_text())["n_head"], "its config.json says"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if width % 64:
             sentence = f"{path}: give n_head, or a config.json beside it, which tells n_head"
             raise InputError(sentence) from error
@@ -576,7 +582,7 @@ def load_model(name_or_path, device="cpu", n_head=None):
             raise InputError(f"{path}: {name} holds NaN or infinity")
     model.load_state_dict(weights, assign=True)
     if not released:
-        console.print(f"{Path(path).name}: {n_head} heads, {source}.")
+        print(f"{Path(path).name!r}: {n_head} heads, {source}.")
     return model.eval().to(device)
 
 
@@ -1356,7 +1362,8 @@ SECURITY = {  # the names in OWASP's Top 10 for LLM applications (2025) and in M
     "learn": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data",
     "steering": "OWASP LLM09 Misinformation; ATLAS AML.T0018 Manipulate AI Model",
     "edit": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model",
-    "trigger": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0043.004 Insert Backdoor Trigger",
+    "trigger": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model, "
+    "used by AML.T0043.004 Insert Backdoor Trigger",
     "detect": "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts",
 }
 
@@ -2366,7 +2373,7 @@ def inspect_file(path, against=None, tick=lambda count: None):
     `tick` is told the number of bytes read. Raises InputError for a file that cannot be read.
     """
     file, names = open_weights(path)
-    trusted = open_weights(against)[1] if against else {}
+    trusted = {} if against is None else open_weights(against)[1]
     parts = {name: file.get_slice(names[name]) for name in names}
     types = {name: part.get_dtype() for name, part in parts.items()}
     with torch.device("meta"):
@@ -2392,7 +2399,7 @@ def inspect_file(path, against=None, tick=lambda count: None):
             elif not same_bits(tensor, old):
                 differences[name] = difference(tensor, old)
         tick(tensor.nbytes)
-    if against:
+    if against is not None:
         alone = {*trusted} ^ {*names}
         differences |= {name: None for name in sorted(alone) if not EXTRA.fullmatch(name)}
     sha256 = file_hash(path, tick)
@@ -2459,9 +2466,9 @@ def verify(path, against=None):
         begin("verdict", "Not byte for byte a released GPT-2.")
         none = "Nothing odd was found, which is no proof: a small change does not show."
         console.print(*(f"Odd: {fault}." for fault in odd[:10]), *([] if odd else [none]), sep="\n")
-    if against:
+    if against is not None:
         count = len(report["differences"])
-        console.print(f"{count or 'No'} tensors differ from {against}.")
+        console.print(f"{count or 'No'} tensors differ from {str(against)!r}.")
     return int(bool(odd or report["differences"]))
 
 
@@ -2788,6 +2795,18 @@ def spell_out(error):
     return "".join(spelt), error.end
 
 
+def printable(text):
+    """The text with escapes for what is not printable and could steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which repeats some of what it was given as it is."""
+
+    def error(self, message):
+        super().error(printable(message))
+
+
 def number(kind, low, high, words):
     """A converter for argparse: a number between low and high, both admitted."""
 
@@ -2813,7 +2832,7 @@ def parse_acts(text):
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpt2_script.py", description="Watch GPT-2 think, teach it, change its mind, find out."
     )
     add = parser.add_argument
@@ -2861,7 +2880,7 @@ def parse_arguments(arguments):
     )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     options = parser.parse_args(arguments)
-    if options.against and not options.verify:
+    if options.against is not None and options.verify is None:
         parser.error("--against goes with --verify")
     return options
 
@@ -2875,13 +2894,15 @@ def save(folder, name, plot, *arguments):
         return
     path, part = folder / f"{name}.png", folder / f".{name}.part"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
-            plot(*arguments).savefig(part, format="png")
-        part.replace(path)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
+                plot(*arguments).savefig(part, format="png")
+            part.replace(path)
+        finally:  # after Ctrl-C too
+            part.unlink(missing_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def choose_layers(text, n_layer):
@@ -2984,24 +3005,38 @@ def tamper_and_detect(model, tokenizer, facts, acts, folder=None):
 
 
 def main(arguments=None):
-    """The script; its exit status: 2 after bad input, 130 after Ctrl-C, else 0 or verify's."""
+    """The script; its exit status: 130 after Ctrl-C, 2 after bad input or where the output cannot
+    be written, else 0 or verify's."""
     codecs.register_error("spell_out", spell_out)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a closed one is None
-            stream.reconfigure(errors="spell_out")
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "spell_out")
     try:
-        options = parse_arguments(arguments)
-        if options.verify:
-            return verify(options.verify, options.against)
-        play(options)
+        try:
+            options = parse_arguments(arguments)
+            if options.verify is not None:
+                return verify(options.verify, options.against)
+            play(options)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except InputError as error:
-        print(f"gpt2_script.py: error: {error}", file=sys.stderr)
+        print(f"gpt2_script.py: error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what still waits may go
+        if not isinstance(error, BrokenPipeError):
+            text = f"input or output failed: {error.strerror or error}"
+            print(f"gpt2_script.py: error: {printable(text)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it is as quiet
         return 130
     return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nor does it disturb the end
+    sys.exit(status)

@@ -69,9 +69,15 @@ def measure_processes(rounds):
         )
         whole = medians(1, ours=lambda: start(ROOT / "gpt2_script.py"))["ours"]
         learn = medians(1, ours=lambda: start("-c", LEARN))["ours"]
+        execute = ("-m", "nbconvert", "--to", "notebook", "--execute", "--log-level=ERROR")
+        target = ("--output-dir", cache, ROOT / "gpt2_notebook.ipynb")
+        begin = time.perf_counter()
+        start(*execute, *target)
+        notebook = time.perf_counter() - begin
     yield "--acts watch, whole process", seconds["ours"], "bare imports", seconds["floor"], 1.35
     yield "default run, four acts", whole, "30 s", 30, 1.0
     yield "learning the small world, with imports", learn, "15 s", 15, 1.0
+    yield "executing gpt2_notebook.ipynb", notebook, "150 s", 150, 1.0
 
 
 def measure_model(rounds):

@@ -1,6 +1,7 @@
 """The notebooks: made from the script, executed in order, fit to be read on GitHub."""
 
 import ast
+import base64
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,9 @@ import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from safetensors.torch import save_file
+
+from gpt2_script import GPT2, GPT2Config
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = (ROOT / "gpt2_script.py").read_text(encoding="utf-8")
@@ -93,6 +97,43 @@ def test_every_figure_says_something(notebook):
         if "image/png" in output.get("data", {})
     ]
     assert len(images) >= 10 and min(map(len, images)) > 8_000
+
+
+def test_the_readme_shows_a_figure_of_the_notebook():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (path,) = re.findall(r"!\[[^]]*\]\(([^)]*)\)", readme)
+    images = [
+        base64.b64decode(output.data["image/png"])
+        for cell in code_cells(nbformat.read(ROOT / "gpt2_notebook.ipynb", as_version=4))
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert (ROOT / path).read_bytes() in images
+
+
+def test_no_cell_of_the_reading_is_long():
+    """15 lines at most, 40 for what the script has too; about 25 lines of output."""
+    for cell in code_cells(nbformat.read(ROOT / "gpt2_notebook.ipynb", as_version=4)):
+        lines = [line for line in cell.source.splitlines() if line not in SCRIPT]
+        assert len(lines) <= 25 and len(cell.source.splitlines()) <= 55, cell.source
+        assert sum(len(text_of(output).splitlines()) for output in cell.outputs) <= 25, cell.source
+
+
+def test_the_switch_takes_a_file_of_random_weights(tmp_path, drawn):
+    """A model that knows nothing: the notebook says so, and goes on with nano."""
+    path = tmp_path / "random.safetensors"
+    model = drawn(GPT2(GPT2Config(n_embd=64, n_layer=2, n_head=1)))
+    save_file(model.state_dict(), path)
+    reading = nbformat.read(ROOT / "gpt2_notebook.ipynb", as_version=4)
+    end = next(i for i, cell in enumerate(reading.cells) if "\n## 14." in f"\n{cell.source}")
+    reading.cells = reading.cells[:end]
+    for cell in reading.cells:
+        cell.source = cell.source.replace('MODEL = "nano"', f"MODEL = {str(path)!r}")
+    NotebookClient(reading, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    *_, switch, definitions, last = code_cells(reading)
+    assert "2 blocks" in "".join(map(text_of, switch.outputs))
+    said = "".join(map(text_of, last.outputs))
+    assert "too few: we go on with nano" in said and "160 of 160 facts are known" in said
 
 
 def test_it_runs_from_top_to_bottom_in_an_empty_folder(notebook, tmp_path):
