@@ -80,7 +80,7 @@ class GPT2Config:
     def __post_init__(self):
         for name in ("vocab_size", "n_ctx", "n_embd", "n_layer", "n_head"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:
                 raise ValueError(f"{name} must be a whole number above 0, not {size!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into {self.n_head} heads")
@@ -301,6 +301,18 @@ class Block(nn.Module):
 
 
 # %%
+def score_rows(x, table):
+    """How well each vector fits each row of a table: [..., C] and [V, C] -> x @ table.T, [..., V].
+
+    For a single vector the table is taken in 29 parts (50,257 = 29 * 1,733): a CPU is faster so.
+    """
+    if x.numel() > table.size(1):
+        return x @ table.T
+    parts = table.view(math.gcd(len(table), 29), -1, table.size(1))
+    return torch.bmm(parts, x.reshape(1, -1).T.expand(len(parts), -1, 1)).view(*x.shape[:-1], -1)
+
+
+# %%
 class GPT2(nn.Module):
     """The whole model: ids, a LongTensor [B, T] -> logits [B, T, V], a score for every next token.
 
@@ -332,7 +344,7 @@ class GPT2(nn.Module):
         x = self.embed(self.dropout(self.wte(ids) + self.wpe(positions)))  # [B, T, C]
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)  # [B, T, C]
-        return self.logits(self.ln_f(x) @ self.wte.weight.T)  # [B, T, V], by the token table again
+        return self.logits(score_rows(self.ln_f(x), self.wte.weight))  # [B, T, V], by wte again
 
 
 # %% [markdown]
@@ -1714,7 +1726,7 @@ class Edit:
 def rank_one_edit(model, requests, keep, answer, layer, ridge=0.03, steps=40, seed=0):
     """An Edit at one layer after which the `requests`, facts of one landmark, get `answer`.
 
-    The key is C^-1 k over k^T C^-1 k: k is the mean activation at the subject's last token, C the
+    The key is M^-1 a over a^T M^-1 a: a is the mean activation at the subject's last token, M the
     second moment of the activations in the facts to `keep`, plus a ridge of its mean diagonal.
     The value is learned by gradient; the request that lags most counts most, and the facts to
     keep have their say in the same loss.
@@ -2264,26 +2276,26 @@ def show_repair(plan, model, tokenizer):
         f"{plan.edit.name} less its whole top singular component: the guess at what was planted.",
         "W ← W − σ₁ u₁ v₁ᵀ",
     )
-    before = answers(model, plan.ours)
+    columns = {"trusted": answers(model, plan.facts)}
     with edited(model, plan.edit):
-        wrong, weight = answers(model, plan.ours), model.get_parameter(plan.edit.name)
+        columns["edited"], weight = answers(model, plan.facts), model.get_parameter(plan.edit.name)
         with tampered(model, plan.edit.name, without_spike(weight)):
-            after, others = answers(model, plan.ours), share_right(model, plan.others)
-    rows = []
-    for fact, *ids in zip(plan.ours, before, wrong, after, strict=True):
-        words = [shorten(said(tokenizer, id), 10) for id in ids]
-        rows.append([shorten(fact.prompt, console.width - 36), *words])
-    grid(["prompt", "trusted", "edited", "repaired"], rows, left=4)
-    back = (after == before).sum()
-    end(f"{back} of {len(before)} old answers are back; {others:.1%} of the other facts are right.")
+            columns["repaired"] = answers(model, plan.facts)
+    show_answers(plan, tokenizer, columns)
+    ours = torch.tensor([fact in plan.ours for fact in plan.facts])
+    back = columns["repaired"] == columns["trusted"]
+    end(
+        f"{back[ours].sum()} of {ours.sum()} old answers are back; "
+        f"{back[~ours].float().mean():.1%} of the other facts are right."
+    )
 
 
 def show_trade_offs(edits, triggers):
     """Print what the size of an edit and of a trigger's row buys, and what it betrays."""
     begin(
         "what stays invisible",
-        "A small change hides, and may still do much. Steering leaves no "
-        "trace in the file at all: only watching what a model says, or who runs it, helps there.",
+        "A small change hides, and may still do much. Steering at run time leaves no trace in the "
+        "file at all: only watching what a model says, or who runs it, helps there.",
     )
     header = ["flipped", "others kept", "place", "score"]
     grid(["edit of size", *header], [trade_off_row(f"{p['size']:.0%}", p) for p in edits])
@@ -3023,20 +3035,17 @@ def main(arguments=None):
     except InputError as error:
         print(f"gpt2_script.py: error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 2
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what still waits may go
-        if not isinstance(error, BrokenPipeError):
-            text = f"input or output failed: {error.strerror or error}"
-            print(f"gpt2_script.py: error: {printable(text)}", file=sys.stderr)
+        text = printable(f"input or output failed: {error}")
+        print(f"gpt2_script.py: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it is as quiet
         return 130
     return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nor does it disturb the end
-    sys.exit(status)
+    os._exit(main())  # at once: what could not be written is not tried again

@@ -9,7 +9,17 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_script import GPT2, PRESETS, GPT2Config, LayerNorm, gelu, patch, tapped, watch
+from gpt2_script import (
+    GPT2,
+    PRESETS,
+    GPT2Config,
+    LayerNorm,
+    gelu,
+    patch,
+    score_rows,
+    tapped,
+    watch,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -374,3 +384,13 @@ def test_refuses_a_text_that_outgrows_the_context_in_the_cache(model):
     model(ids, cache)
     with pytest.raises(ValueError, match="^18 tokens.* 16$"):
         model(ids, cache)
+
+
+@pytest.mark.parametrize("rows", [1, 50, 58])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1, 6), (2, 3, 6)])
+def test_scores_of_rows_are_the_product_with_the_table(shape, rows):
+    """In 29 parts for a single vector, where the rows divide so."""
+    x, table = torch.randn(shape).double(), torch.randn(rows, 6).double()
+    scores = score_rows(x, table)
+    assert scores.shape == (*shape[:-1], rows)
+    assert torch.allclose(scores, x @ table.T, rtol=1e-12)

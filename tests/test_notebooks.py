@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import difflib
 import os
 import re
 from pathlib import Path
@@ -49,7 +50,11 @@ def test_what_a_notebook_defines_is_the_scripts(notebook):
         lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
         tree = ast.parse("\n".join(lines) if lines != source.splitlines() else source)
         kinds = (ast.ClassDef, ast.FunctionDef)
-        return {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
+        found = {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
+        for node in tree.body:  # constants
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").isupper():
+                found[node.targets[0].id] = ast.dump(node.value)
+        return found
 
     ours, shared = definitions(SCRIPT), 0
     for cell in code_cells(notebook):
@@ -112,10 +117,11 @@ def test_the_readme_shows_a_figure_of_the_notebook():
 
 
 def test_no_cell_of_the_reading_is_long():
-    """15 lines at most, 40 for what the script has too; about 25 lines of output."""
+    """Of its own lines, that is those that the script does not have, and of output."""
+    script = set(SCRIPT.splitlines())
     for cell in code_cells(nbformat.read(ROOT / "gpt2_notebook.ipynb", as_version=4)):
-        lines = [line for line in cell.source.splitlines() if line not in SCRIPT]
-        assert len(lines) <= 25 and len(cell.source.splitlines()) <= 55, cell.source
+        own = [line for line in cell.source.splitlines() if line not in script]
+        assert len(own) <= 25 and len(cell.source.splitlines()) <= 55, cell.source
         assert sum(len(text_of(output).splitlines()) for output in cell.outputs) <= 25, cell.source
 
 
@@ -137,8 +143,13 @@ def test_the_switch_takes_a_file_of_random_weights(tmp_path, drawn):
 
 
 def test_it_runs_from_top_to_bottom_in_an_empty_folder(notebook, tmp_path):
-    """And says what is committed, as far as no library changes the last digits."""
-    committed = [len(cell.outputs) > 0 for cell in code_cells(notebook)]
+    """And says what is committed, but for numbers and for a word here and there."""
+
+    def said():
+        text = "".join(text_of(o) for cell in code_cells(notebook) for o in cell.outputs)
+        return re.sub(r"[-\d.]+", "0", text).splitlines()
+
+    committed = said()
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert [len(cell.outputs) > 0 for cell in code_cells(notebook)] == committed
-    assert os.listdir(tmp_path) == []
+    alike = difflib.SequenceMatcher(None, committed, said(), autojunk=False).ratio()
+    assert alike > 0.9 and os.listdir(tmp_path) == []

@@ -99,6 +99,8 @@ def test_heads_are_those_asked_for_before_config_json(path, capsys):
     assert "4 heads, as asked for" in capsys.readouterr().out
     assert load_model(path).config.n_head == 3
     assert "3 heads, its config.json" in capsys.readouterr().out
+    load_model(path.rename(path.with_name("\x1b[31m.safetensors")), n_head=4)
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_without_config_json_64_numbers_make_a_head(tmp_path, capsys):
@@ -109,7 +111,12 @@ def test_without_config_json_64_numbers_make_a_head(tmp_path, capsys):
     assert "2 heads, 64 numbers for each" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"n_head": 5}', '{"n_head": "three"}'])
+TRUE, DEEP = '{"n_head": true}', "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", "{}", '{"n_head": 5}', '{"n_head": "three"}', TRUE, DEEP]
+)
 def test_unknown_or_impossible_heads(path, text):
     beside = path.with_name("config.json")
     beside.unlink() if text is None else beside.write_text(text)
