@@ -34,7 +34,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -378,15 +378,17 @@ def watch(model, *patterns):
     Shell-style patterns choose the taps ("h.*.attn.pattern"); without one, all are watched.
     Nothing is computed differently. Raises ValueError for a pattern that matches no tap.
     """
-    seen = {}
-    with ExitStack() as stack:
-        for name, module in tapped(model, patterns).items():
+    seen, names = {}, {module: name for name, module in tapped(model, patterns).items()}
 
-            def record(module, args, value, name=name):
-                seen[name] = value.detach()
+    def record(module, args, value):
+        seen[names[module]] = value.detach()
 
-            stack.enter_context(module.register_forward_hook(record))
+    hooks = [module.register_forward_hook(record) for module in names]
+    try:
         yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
