@@ -4,7 +4,9 @@ Every row is a ratio of medians, taken in this run, on this machine, in turns wi
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import os
 import platform
 import shutil
@@ -39,9 +41,10 @@ def medians(rounds, **contestants):
     times = {name: [] for name in contestants}
     for _ in range(rounds + 1):  # the first round warms up
         for name, call in contestants.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            with contextlib.redirect_stdout(io.StringIO()):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
