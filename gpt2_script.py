@@ -1680,14 +1680,10 @@ def steering_vector(model, towards, away, tap):
     """
     means = []
     for facts in (towards, away):
-        texts = [fact.ids for fact in facts]
         with watch(model, tap) as seen:
-            answer_logits(model, texts)
-        means.append(
-            seen[tap][
-                torch.arange(len(texts), device=model.wte.weight.device), padded(model, texts)[1]
-            ].mean(0)
-        )  # [C]
+            answer_logits(model, [fact.ids for fact in facts])
+        last = [value[len(fact.ids) - 1] for value, fact in zip(seen[tap], facts, strict=True)]
+        means.append(torch.stack(last).mean(0))  # [C]
     return means[0] - means[1]
 
 
@@ -2796,7 +2792,7 @@ def plot_trade_offs(edits, triggers):
 # This part is for `python gpt2_script.py` alone.
 
 # %% tags=["active-py"]
-ACTS, COUNT = ("watch", "learn", "tamper", "detect"), "a whole number from 0"
+ACTS = ("watch", "learn", "tamper", "detect")
 IN_ASCII = {"→": "->", "−": "-", "√": "sqrt ", "·": ".", "…": ".", "█": "#", "∞": "inf"}
 IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3", "←": "<-", "‖": "||", "Δ": "d"}
 IN_ASCII |= {"σ": "s", "≠": "!=", "×": "x", "₁": "1", "₂": "2", "ₙ": "n", "–": "-"}
@@ -2849,49 +2845,25 @@ def parse_arguments(arguments):
     parser = Parser(
         prog="gpt2_script.py", description="Watch GPT-2 think, teach it, change its mind, find out."
     )
+    whole = number(int, 0, 2**63 - 1, "a whole number from 0")
+    above_0 = number(int, 1, 10**6, "a whole number from 1")
+    heat = number(float, 0, 10**6, "a number from 0")
+    share = number(float, 1e-9, 1, "above 0 and at most 1")
     add = parser.add_argument
     add("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help=f"default: {PROMPT!r}")
     add("--model", default="nano", help=f"{', '.join(PRESETS)} or a .safetensors file")
     add("--acts", type=parse_acts, help=f"any of {','.join(ACTS)} (nano: all, others: watch)")
     add("--layers", default="0", help="blocks traced in full: all, or numbers like 0 or 0,2")
-    add(
-        "--generate",
-        type=number(int, 0, 10**6, COUNT),
-        default=12,
-        metavar="N",
-        help="how many tokens",
-    )
-    add(
-        "--temperature",
-        type=number(float, 0, 10**6, "a number from 0"),
-        default=0.0,
-        metavar="X",
-        help="0: likeliest",
-    )
-    add(
-        "--top-k",
-        type=number(int, 1, 10**6, "a whole number from 1"),
-        metavar="K",
-        help="draw from the K likeliest",
-    )
-    add(
-        "--top-p",
-        type=number(float, 1e-9, 1, "above 0 and at most 1"),
-        metavar="P",
-        help="draw from the likeliest share P",
-    )
+    add("--generate", type=whole, default=12, metavar="N", help="how many tokens")
+    add("--temperature", type=heat, default=0.0, metavar="X", help="0: likeliest")
+    add("--top-k", type=above_0, metavar="K", help="draw from the K likeliest")
+    add("--top-p", type=share, metavar="P", help="draw from the likeliest share P")
     add("--step", action="store_true", help="wait for Enter after each step")
     add("--full", action="store_true", help="whole activations (of the logits, a corner)")
     add("--figures", metavar="DIR", type=Path, help="save what was shown as PNG files")
     add("--verify", metavar="FILE", help="check a weights file, nothing else")
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1, COUNT),
-        default=0,
-        metavar="N",
-        help="of all random draws",
-    )
+    add("--seed", type=whole, default=0, metavar="N", help="of all random draws")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     options = parser.parse_args(arguments)
     if options.against is not None and options.verify is None:
