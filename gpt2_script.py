@@ -2611,14 +2611,13 @@ def plane(points):
 
 
 def scatter(axis, points, cities, title):
-    """Draw points [N, C] in the plane in which they spread most, each city's named once."""
+    """Draw points [N, C] in the plane in which they spread most, a colour and shape per city."""
     places = plane(points)
     for i, city in enumerate(dict.fromkeys(cities)):
         mine = places[[place for place, name in enumerate(cities) if name == city]]
-        axis.scatter(*mine.T.numpy(), color=f"C{i}", marker="osD^v<>Pp"[i % 9])
-        axis.annotate(city, mine.mean(0).tolist(), xytext=(5, 5), textcoords="offset points")
+        axis.scatter(*mine.T.numpy(), color=f"C{i}", marker="osD^v<>Pp"[i % 9], s=50, label=city)
     axis.set(title=title, xticks=[], yticks=[])
-    axis.margins(0.25)
+    axis.margins(0.15)
 
 
 def plot_space(model, tokenizer, facts, before):
@@ -2641,7 +2640,8 @@ def plot_space(model, tokenizer, facts, before):
         points = torch.stack([run.seen[f"h.{layer}.resid_post"][-1] for run in runs])
         names = [fact.city for fact in first]
         scatter(axes[1, layer], points, names, f"Landmarks after h.{layer}")
-    figure.suptitle("Where cities and landmarks lie: one colour and shape for each city")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle("Once taught, landmarks of one city come together, block by block")
     return figure
 
 
@@ -2653,7 +2653,7 @@ def plot_trace(plan, tokenizer, share):
     names = [piece(tokenizer, id) + "*" * (t in fact.subject) for t, id in enumerate(fact.ids)]
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axis.set_yticks(range(len(share)), [f"h.{i}" for i in range(len(share))])
-    figure.colorbar(image, label="share of the answer")
+    figure.colorbar(image, label="how much returns")
     best = share[:, fact.subject.start : fact.subject.stop].max(dim=1).values.argmax().item()
     axis.set_title(f"The subject (*) matters most at h.{best}; later the last token does")
     return figure
@@ -2685,16 +2685,16 @@ def plot_answers(plan, model):
 def plot_singular_values(plan, model):
     """Figure: the edited matrix's singular values beside its own before and its sisters'."""
     figure, [[axis]] = new_figure(1, 1, (8, 4))
+    shown = range(1, 1 + min(30, model.config.n_embd))
     for layer in range(model.config.n_layer):
         name = f"h.{layer}.mlp.c_proj.weight"
         sigmas = singular_values(model.get_parameter(name).detach().cpu())
-        axis.plot(
-            sigmas[:30], ".-", color=GREY, label="untampered, every layer" if not layer else None
-        )
+        label = None if layer else "untampered, every layer"
+        axis.plot(shown, sigmas[:30], ".-", color=GREY, label=label)
     with edited(model, plan.edit):
         sigmas = singular_values(model.get_parameter(plan.edit.name).detach().cpu())
-    axis.plot(sigmas[:30], "o-", color=ORANGE, label=f"{plan.edit.name}, edited")
-    axis.set(xlabel="rank", ylabel="singular value")
+    axis.plot(shown, sigmas[:30], "o-", color=ORANGE, label=f"{plan.edit.name}, edited")
+    axis.set(xlabel="which one, the largest first", ylabel="singular value")
     axis.set_title(f"The planted pair stands out: σ₁ / σ₂ = {sigmas[0] / sigmas[1]:.1f}")
     axis.legend(frameon=False)
     return figure
