@@ -2238,7 +2238,7 @@ def show_comparison(plan, model, tokenizer):
                 which = (
                     piece(tokenizer, touched[0]) if len(touched) == 1 else f"{len(touched)} rows"
                 )
-                rows.append([lever, name.removesuffix(".weight"), str(rank), which])
+                rows.append([lever, name, str(rank), which])
             if not differing:
                 rows.append([lever, "no tensor", "", ""])
     grid(["lever", "differs in", "rank", "rows"], rows, left=2)
