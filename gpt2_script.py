@@ -39,7 +39,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import tiktoken
@@ -808,7 +808,6 @@ class Act(Step):
     """Where an act begins."""
 
 
-# %%
 @dataclass
 class Progress:
     """How far something long has come, from 0 to 1, and a line about it; without one, a bar."""
@@ -817,7 +816,6 @@ class Progress:
     line: str = ""
 
 
-# %%
 @dataclass
 class Matrix:
     """Numbers [rows, columns] and their names: a corner is shown, of a pattern a heat map."""
@@ -831,9 +829,9 @@ class Matrix:
 
 # %%
 # a notebook gets plain text of 90 columns, which GitHub shows as it is; a terminal, what it can do
-plain = {"width": 90, "force_jupyter": False, "force_terminal": False}
-plain = plain if "ipykernel" in sys.modules else {}
-console = Console(markup=False, highlight=False, emoji=False, **plain)
+notebook = {"width": 90, "force_jupyter": False, "force_terminal": False}
+notebook = notebook if "ipykernel" in sys.modules else {}
+console = Console(markup=False, highlight=False, emoji=False, **notebook)
 
 
 def shorten(text, cells):
@@ -850,13 +848,14 @@ def table(rows):
         [f"{x:.3f}" if isinstance(x, float) else shorten(str(x), 44) for x in row.values()]
         for row in rows
     ]
+    width = 0
     for name, column in zip(rows[0], zip(*texts, strict=True), strict=True):
-        wordy = name == first or any(re.match(r"[^\W\d]|'", text) for text in column)
+        wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
         printed.add_column(name, justify="left" if wordy else "right", no_wrap=True)
+        width += 1 + max(map(cell_len, (name, *column)))
     for row in texts:
         printed.add_row(*row)
-    natural = console.measure(printed, options=console.options.update(width=1000)).maximum
-    if natural <= console.width or len(others) < 2:
+    if width <= console.width or len(others) < 2:
         return printed
     half = (len(others) + 1) // 2
     parts = (first, *others[:half]), (first, *others[half:])
@@ -867,27 +866,25 @@ def table(rows):
 def corner(matrix, full):
     """A Matrix as a table: the first rows and columns and the last of each, or with `full` all."""
 
-    def pick(names, most, width):  # (index, name) of those shown, None for the gap
-        shown = [(i, shorten(name, width)) for i, name in enumerate(names)]
-        cut = [] if full or len(shown) <= most else [(None, "...")]
-        return shown[: most - 2] + cut + shown[-1:] if cut else shown
+    def pick(count, most):  # the indices of those shown, None for the gap
+        cut = count > most and not full
+        return [*range(most - 2), None, count - 1] if cut else range(count)
 
-    names = matrix.columns or [str(j) for j in range(matrix.values.size(1))]
-    columns = pick(names, max(3, (console.width - 14) // 8), 7)
-    return table(
-        [
-            {matrix.title: name}
-            | {n: "..." if None in (i, j) else matrix.values[i, j].item() for j, n in columns}
-            for i, name in pick(matrix.rows, 6, 13)
-        ]
-    )
+    chosen = pick(len(matrix.rows), 6)
+    rows = [
+        (i, {matrix.title: "..." if i is None else shorten(matrix.rows[i], 13)}) for i in chosen
+    ]
+    for j in pick(matrix.values.size(1), max(3, (console.width - 14) // 8)):
+        name = "..." if j is None else shorten(matrix.columns[j] if matrix.columns else str(j), 7)
+        for i, row in rows:
+            row[name] = "..." if None in (i, j) else matrix.values[i, j].item()
+    return table([row for _, row in rows])
 
 
 # %%
 LIGHT, DARK = (235, 242, 255), (20, 72, 165)  # the paper of 0 and of 100 percent
 
 
-# %%
 def heat_map(matrix, most):
     """A pattern as a table of percents, readable without colour: a dot where nobody may look."""
     shaded = console.color_system in ("256", "truecolor")  # fewer colours would hide the numbers
@@ -1064,19 +1061,16 @@ def tap_step(run, name):
         how = {"mean": torch.mean, "deviation": lambda x: x.std(correction=0)}
         how |= {"smallest": torch.min, "largest": torch.max}
         moves = [f"{what} {f(before):.3f} → {f(value):.3f}" for what, f in how.items()]
-        found = f"{source} → {key}: {', '.join(moves)}."
+        found = f"from {source} to {key}: {', '.join(moves)}."
     if key in ("embed", "resid_mid", "resid_post"):
-        shown = [stream_change(run, before, value)]
-    else:
-        columns = run.tokens if value.shape[-2:] == (T, T) else ()
-        heads = value if value.dim() == 3 else value[None]
-        titles = [f"head {i} of {len(heads)}" * (value.dim() == 3) for i in range(len(heads))]
-        settings = columns, key == "attn.pattern"
-        shown = [
-            Matrix(v, run.tokens, columns, t, settings[1])
-            for v, t in zip(heads, titles, strict=True)
-        ]
-    return Step(name, purpose, formula, shown, found)
+        return Step(name, purpose, formula, [stream_change(run, before, value)], found)
+    step, columns = Step(name, purpose, formula, [], found), ()
+    if value.shape[-2:] == (T, T):
+        columns = run.tokens
+    for i, head in enumerate(value if value.dim() == 3 else [value]):
+        title = f"head {i} of {config.n_head}" * (value.dim() == 3)
+        step.shown.append(Matrix(head, run.tokens, columns, title, key == "attn.pattern"))
+    return step
 
 
 # %%
@@ -1090,13 +1084,9 @@ def text_steps(run):
     yield Step("tokens", purpose, shown=[rows], found=found)
     yield from (tap_step(run, name) for name in ("wte", "wpe", "embed"))
     same = torch.equal(run.seen["embed"], run.seen["wte"] + run.seen["wpe"])
-    purpose = (
-        "In training, each number is set to 0 with a probability p, so that none is relied on, "
-    )
-    purpose += "and the others are divided by 1 − p."
-    found = f"{'nothing' if same else 'something'} changed: in use dropout is idle (in training, "
-    found += f"p = {run.model.config.dropout})."
-    yield Step("dropout", purpose, found=found)
+    purpose = "In training, numbers are set to 0 at random, so that no single one is relied on."
+    found = f"{'nothing' if same else 'something'} changed: in use it is idle; in training, "
+    yield Step("dropout", purpose, found=f"{found}p = {run.model.config.dropout}.")
 
 
 # %%
@@ -1142,12 +1132,11 @@ def likeliest(run, probabilities, count):
 def answer_steps(run):
     """From the last vectors to probabilities, and what each block would have said, as Steps."""
     yield from (tap_step(run, name) for name in ("ln_f", "logits"))
-    V, lens, rows = run.model.config.vocab_size, logit_lens(run.model, run.seen), []
+    V, lens, bars, rows = run.model.config.vocab_size, logit_lens(run.model, run.seen), [], []
     best = likeliest(run, run.seen["logits"][-1].softmax(-1), 5)
-    bars = [
-        {"next token": name, "p": f"{p:.3%}", "": "█" * max(1, round(12 * p / best[0][1]))}
-        for name, p in best
-    ]
+    for name, p in best:
+        bar = "█" * max(1, round(12 * p / best[0][1]))
+        bars.append({"next token": name, "p": f"{p:.3%}", "": bar})
     purpose = "Softmax turns the last token's scores into the probability of each next token."
     formula = f"softmax(logits[{len(run.ids) - 1}]): [{V}] → [{V}]"
     found = f"{V:,} scores became probabilities; a blind guess gives each {1 / V:.3%}."
@@ -1175,35 +1164,30 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     model(ids, cache)
     held = [tensor for block in cache for tensor in block.values()]
     same = torch.equal(cache[0]["k"][0].float().cpu(), run.seen["h.0.attn.k"])
-    purpose = (
-        "To go on, the model needs only the keys and values of earlier tokens. They are kept, "
-    )
-    purpose += "and each step sends one token through instead of all."
+    purpose = "To go on, the model needs only earlier tokens' keys and values, which are kept: the "
+    purpose += f"next token then costs one row of every product, not {T + 1}."
     formula = f"{len(held)} × {list(held[0].shape)}: keys and values of each block"
     found = (
-        f"{sum(x.numel() for x in held):,} numbers are kept, {'the very' if same else 'NOT the'} "
+        f"{sum(x.numel() for x in held):,} numbers, {'the very' if same else 'NOT the'} keys and "
     )
-    found += f"keys and values above. The next token costs a row of every product, not {T + 1}."
-    yield Step("the cache", purpose, formula, found=found)
+    yield Step("the cache", purpose, formula, found=f"{found}values above.")
     new = generate(model, ids, count, temperature, top_k, top_p, seed)  # [1, T + new]
     logits, chosen = model(new, where=(0, slice(T - 1, None))), new[0, T:].tolist()
     for i, token in enumerate(chosen[:3]):
-        before, drawn = (
-            next_probabilities(logits[i], *s) for s in ((), (temperature, top_k, top_p))
+        plain, drawn = (
+            logits[i].softmax(-1),
+            next_probabilities(logits[i], temperature, top_k, top_p),
         )
-        candidates = dict.fromkeys([*before.topk(min(5, len(before))).indices.tolist(), token])
-        shown.append(
-            [
-                {f"token {i + 1}": piece(tokenizer, t), "model": f"{before[t]:.2%}"}
-                | {"drawn from": f"{drawn[t]:.2%}", "": "←" * (t == token)}
-                for t in candidates
-            ]
-        )
+        rows = []
+        for t in dict.fromkeys([*plain.topk(min(5, len(plain))).indices.tolist(), token]):
+            row = {f"token {i + 1}": piece(tokenizer, t), "model": f"{plain[t]:.2%}"}
+            rows.append(row | {"drawn from": f"{drawn[t]:.2%}", "": "←" * (t == token)})
+        shown.append(rows)
     shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {tokenizer.decode(chosen)!r}")
-    purpose = (
-        "One token is chosen, joins the text, and the model is asked again. At temperature 0 it "
+    purpose = "One token is chosen, joins the text, and the model is asked again. At temperature 0 "
+    purpose += (
+        "it is the likeliest; above, it is drawn, from the top-k or top-p where these are set."
     )
-    purpose += "is the likeliest; above, it is drawn, from the top-k or top-p where that is asked."
     formula = f"temperature {temperature:g}, top-k {top_k or 'off'}, top-p {top_p or 'off'}"
     found = f"{len(chosen)} {'token was' if len(chosen) == 1 else 'tokens were'} added"
     found += f"; the context of {model.config.n_ctx} is full." if len(chosen) < count else "."
@@ -1245,7 +1229,7 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 # play(steps[4:6])
 
 # %% [markdown]
-# ### Attention reads the stream
+# ### Attention reads the stream and writes to it
 
 # %% tags=["active-ipynb"]
 # play(steps[6:8])
@@ -1253,35 +1237,23 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 # %% tags=["active-ipynb"]
 # play(steps[8:11])
 
-# %% [markdown]
-# ### Which token looks at which
-
 # %% tags=["active-ipynb"]
 # play(steps[11:13])
 
 # %% tags=["active-ipynb"]
 # play(steps[13:14])
 
-# %% [markdown]
-# ### Attention writes to the stream
-
 # %% tags=["active-ipynb"]
-# play(steps[14:16])
-
-# %% tags=["active-ipynb"]
-# play(steps[16:17])
+# play(steps[14:17])
 
 # %% [markdown]
 # ### The MLP reads the stream and writes to it
 
 # %% tags=["active-ipynb"]
-# play(steps[17:19])
+# play(steps[17:20])
 
 # %% tags=["active-ipynb"]
-# play(steps[19:21])
-
-# %% tags=["active-ipynb"]
-# play(steps[21:23])
+# play(steps[20:23])
 
 # %% [markdown]
 # ### The answer, and how it goes on
@@ -2211,6 +2183,9 @@ STEERS = (  # fields of a config that push tokens up or down, whatever the weigh
 )  # fmt: skip
 
 
+NO_PROOF = "nothing odd was found, which is no proof: a small change does not show."
+
+
 def escaped(text):
     """A text, such as a name from a file, with escapes for what could steer a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
@@ -2248,7 +2223,9 @@ def files_step(files, trusted):
         odd += [f"{name} has other bytes" for name in both if hashes[name] != theirs[name]]
     shown = "\n".join(f"{sha256}  {name}" for name, sha256 in hashes.items())
     purpose = "A model is more than its weights: every file, with its SHA-256."
-    return Step("files", purpose, "", [shown], " ".join(found) or "no release's weights.", odd)
+    return Step(
+        "files", purpose, "", [shown], " ".join(found) or "no file is a release's weights.", odd
+    )
 
 
 # %%
@@ -2411,10 +2388,13 @@ def verify_act(name_or_path, against=None):
     if against is not None:
         trusted, their_files = read_headers(find_weights(against)[0]), files_of(against)
         text += f", against {escaped(against)}"
-    yield Act("Verify: the files of a GPT-2", text)
-    yield files_step(files, their_files)
-    yield config_step(files, stored)
-    yield from tensor_steps(stored, trusted)
+    yield Act("Verify: the files of a GPT-2, and of nothing else", text)
+    alarms, records = 0, [files_step(files, their_files), config_step(files, stored)]
+    for record in chain(records, tensor_steps(stored, trusted)):
+        alarms += len(getattr(record, "odd", ()))
+        yield record
+    found = f"{alarms} {'thing is' if alarms == 1 else 'things are'} odd." if alarms else NO_PROOF
+    yield Step("verdict", "The exit status is 1 where something is odd, else 0.", found=found)
 
 
 # %% [markdown] tags=["active-py"]
