@@ -1667,7 +1667,7 @@ def find_key(model, requests, keep, layer, ridge=0.03):
 
 
 # %%
-def learn_value(model, requests, keep, answer, layer, key, sure=0.8, rate=0.2, steps=100, seed=0):
+def learn_value(model, requests, keep, answer, layer, key, sure=0.8, rate=0.1, steps=200, seed=0):
     """The value [C] with which, at this key, all `requests` get `answer`; None where none is found.
 
     It is learned by gradient, from nothing, until every request gets the answer with a probability
