@@ -566,7 +566,7 @@ def read_headers(files):
     programs save what is tied, is wte.weight; what is there once more is called so. Raises
     InputError for what is no such file.
     """
-    stored = {}
+    stored, times = {}, Counter()
     for path in files:
         try:
             with reading(path), open(path, "rb") as file:
@@ -581,9 +581,11 @@ def read_headers(files):
         for key, entry in header:
             if key == "__metadata__":
                 continue
-            name, part = key.removeprefix("transformer."), dict(entry)
+            name = first = key.removeprefix("transformer.")
             while name in stored:
-                name += " once more"
+                times[first] += 1
+                name = f"{first} once more ({times[first]})"
+            part = dict(entry)
             span = slice(*(8 + size + offset for offset in part["data_offsets"]))
             stored[name] = Stored(path, key, part["dtype"], part["shape"], span)
     if "wte.weight" not in stored and "lm_head.weight" in stored:
