@@ -568,16 +568,16 @@ def read_headers(files):
     """
     stored, times = {}, Counter()
     for path in files:
-        try:
-            with reading(path), open(path, "rb") as file:
-                first = file.read(9)  # the header's length, then the header, which is JSON
+        with reading(path), open(path, "rb") as file:
+            start = file.read(9)  # the header's length, then the header, which is JSON
+            try:
                 safe_open(path, "pt")  # the library refuses whatever is not sound
                 file.seek(8)
-                size = int.from_bytes(first[:8], "little")
+                size = int.from_bytes(start[:8], "little")
                 header = json.loads(file.read(size), object_pairs_hook=list)  # [(key, value)]
-        except (SafetensorError, ValueError) as error:
-            what = "cut short or damaged" if first[8:] == b"{" else "no safetensors file"
-            raise InputError(f"{path} is {what if first else 'empty'}") from error
+            except (SafetensorError, ValueError) as error:
+                what = "cut short or damaged" if start[8:] == b"{" else "no safetensors file"
+                raise InputError(f"{path} is {what if start else 'empty'}") from error
         for key, entry in header:
             if key == "__metadata__":
                 continue
