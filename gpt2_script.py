@@ -447,8 +447,11 @@ COMPUTED = {  # what other fields have to say, if they are there, for this code 
 # %%
 @contextmanager
 def reading(path):
-    """A context in which the system's errors become an InputError about this file."""
+    """A context in which the system's errors become an InputError about this file; a pipe or a
+    device, which may never end, is one."""
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise InputError(f"{path} is no plain file")
         yield
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
