@@ -608,8 +608,9 @@ def sizes_of(stored):
         if len(stored[name].shape) != 2 or 0 in stored[name].shape:
             raise InputError(f"{name} is {stored[name].shape}, which is no table of rows")
     (V, C), (N, _) = stored["wte.weight"].shape, stored["wpe.weight"].shape
-    blocks = {name.split(".")[1] for name in stored if re.match(r"h\.\d+\.", name)}
-    return GPT2Config(V, N, C, max(1, len(blocks)), n_head=1)
+    blocks = {name.split(".")[1] for name in stored if name.startswith("h.")}
+    present = [i + 1 for i in range(len(blocks)) if str(i) in blocks]  # "h.999.x" adds no block
+    return GPT2Config(V, N, C, max(present, default=1), n_head=1)
 
 
 # %%
@@ -633,7 +634,7 @@ def find_faults(stored):
         if shape is not None and (part.shape != shape or part.dtype not in FLOATS):
             faults.append(f"{name} is {part.dtype} {part.shape}, not floats {shape}")
         elif shape is None and name != "lm_head.weight":
-            if not mask or int(mask[1]) >= config.n_layer:
+            if not (mask and f"h.{mask[1]}.ln_1.bias" in wanted):
                 faults.append(f"{name!a} is no tensor of GPT-2")
     head = stored.get("lm_head.weight")
     if head and not same_bytes(head, stored["wte.weight"]):
