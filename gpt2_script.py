@@ -428,7 +428,7 @@ RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its m
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
+TYPES = {"BOOL": torch.uint8, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
 MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
 SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
     "vocab_size": "vocab_size", "n_positions": "n_ctx", "max_position_embeddings": "n_ctx",
@@ -2319,15 +2319,15 @@ def config_step(files, stored):
 
 
 # %%
-def number_fault(name, numbers):
-    """What is wrong with a tensor's numbers, as a sentence, or an empty text."""
-    mask, N = MASK.fullmatch(name), numbers.size(-1) if numbers.dim() else 0
+def number_fault(name, numbers, N):
+    """What is wrong with a tensor's numbers, as a sentence, or an empty text; N is the context."""
+    mask = MASK.fullmatch(name)
     if mask and mask[2]:
-        return f"{name} hides nothing" * (numbers.numel() != 1 or numbers.item() > -1000)
+        hides = numbers.numel() == 1 and numbers.item() <= -1000
+        return f"{name} hides nothing" * (not hides)
     if mask:
-        fits = numbers.numel() == N * N and bool(
-            (numbers.view(N, N) == torch.ones(N, N).tril()).all()
-        )
+        square = numbers.numel() == N * N and numbers.shape[-2:] == (N, N)
+        fits = square and bool((numbers == torch.ones(N, N).tril()).all())
         return f"{name} is not the causal mask that its name says" * (not fits)
     return f"{escaped(name)} holds NaN or infinity" * (not is_finite(numbers))
 
@@ -2368,6 +2368,7 @@ def tensor_steps(stored, trusted=None):
     """All tensors, one in memory at a time: Progress, then what was found, as Steps."""
     norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
     names = dict.fromkeys([*stored, *(trusted or ())])
+    n_ctx = [*stored["wpe.weight"].shape, 0][0] if "wpe.weight" in stored else 0
     for i, name in enumerate(names):
         yield Progress(i / len(names))
         part, mask = stored.get(name), MASK.fullmatch(name)
@@ -2378,7 +2379,7 @@ def tensor_steps(stored, trusted=None):
             odd += [f"{name} is {part.dtype}, which no mask is"] if part and mask else []
             continue
         numbers = part.numbers()
-        if fault := number_fault(name, numbers):
+        if fault := number_fault(name, numbers, n_ctx):
             odd.append(fault)
         elif name == "wte.weight" and numbers.dim() == 2:
             norms = torch.cat([some.float().norm(dim=1) for some in numbers.split(4096)])
