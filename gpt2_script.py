@@ -2059,10 +2059,12 @@ def oddity(norms, ratios, row_alarm=6.0, spike_alarm=1.6):
     apart = (norms - norms.median()).abs()
     rows = apart / (1.4826 * apart.median()).clamp_min(1e-30) / row_alarm
     kinds = {name: name.split(".", 2)[2] for name in ratios}  # "mlp.c_proj.weight"
-    odd = {}
+    top, odd = {kind: [1.0, 1.0] for kind in kinds.values()}, {}  # the two largest of each
     for name, ratio in ratios.items():
-        peers = [x for n, x in ratios.items() if n != name and kinds[n] == kinds[name]]
-        odd[name] = ratio / max([1.0, *peers]) / spike_alarm
+        top[kinds[name]] = sorted([*top[kinds[name]], ratio])[1:]
+    for name, ratio in ratios.items():
+        second, first = top[kinds[name]]
+        odd[name] = ratio / (second if ratio == first else first) / spike_alarm
     return rows, odd
 
 
