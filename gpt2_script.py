@@ -643,8 +643,9 @@ def find_faults(stored):
 
 
 def same_bytes(part, other):
-    """Whether two Stored tensors are of one type and hold the same bytes."""
-    return part.dtype == other.dtype and torch.equal(part.bytes(), other.bytes())
+    """Whether two Stored tensors are of one type and shape and hold the same bytes."""
+    alike = part.dtype == other.dtype and part.shape == other.shape
+    return alike and torch.equal(part.bytes(), other.bytes())
 
 
 def is_finite(tensor):
