@@ -660,21 +660,24 @@ def apply_config(config, path, tied):
     Raises InputError, naming the field, where it says another arithmetic or other sizes.
     """
     said, honoured = read_json(path), {}
+    quoted = {name: shorten(repr(value), 60) for name, value in said.items()}
     for name, ours in SIZES.items():
+        wanted = getattr(config, ours)
         if name in said and ours in ("n_head", "layer_norm_epsilon"):
+            if type(said[name]) is not type(wanted):
+                kind = type(wanted).__name__
+                raise InputError(f"{path} says {name} {quoted[name]}, which is no {kind}")
             wanted = honoured.setdefault(ours, said[name])
-        else:
-            wanted = getattr(config, ours)
         if said.get(name, wanted) != wanted:
-            raise InputError(f"{path} says {name} {said[name]!r}, but this model has {wanted!r}")
+            raise InputError(f"{path} says {name} {quoted[name]}, but this model has {wanted!r}")
     computed = COMPUTED | {"n_inner": (None, 4 * config.n_embd)}
     for name, values in (computed | ({} if tied else {"tie_word_embeddings": (True,)})).items():
         if name in said and said[name] not in values:
-            raise InputError(f"{path} says {name} {said[name]!r}: this code computes {values[0]!r}")
+            raise InputError(f"{path} says {name} {quoted[name]}: this code computes {values[0]!r}")
     try:
         return replace(config, **honoured), "n_head" in honoured
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {shorten(str(error), 99)}") from error
 
 
 # %%
