@@ -440,7 +440,7 @@ COMPUTED = {  # what other fields have to say, if they are there, for this code 
     "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({}, None),
-    "quantization_config": (None,),
+    "quantization_config": (None,), "transformers_weights": (None, "model.safetensors"),
 }  # fmt: skip
 
 
