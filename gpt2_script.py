@@ -684,7 +684,7 @@ def apply_config(config, path, tied):
 def configure(stored, file, release=None, n_head=None):
     """The GPT2Config of a model's tensors: sizes by their shapes, the rest by config.json.
 
-    n_head goes first, then the release, then config.json; without these, 64 numbers make a head,
+    n_head goes first, then the release, then config.json; where none is, 64 numbers make a head,
     which is printed. Raises InputError where that does not work out.
     """
     config, beside, told = sizes_of(stored), file.with_name("config.json"), False
@@ -693,10 +693,10 @@ def configure(stored, file, release=None, n_head=None):
     elif os.path.lexists(beside):
         config, told = apply_config(config, beside, tied="lm_head.weight" in stored)
     if n_head is None and not told:
-        if config.n_embd % 64:
+        if config.n_embd % 64 or os.path.lexists(beside):
             raise InputError(f"{file}: give n_head, or a config.json beside it that tells it")
         n_head = config.n_embd // 64
-        print(f"{file.name!a}: {n_head} heads, 64 numbers for each, as no config.json tells.")
+        print(f"{file.name!a}: {n_head} heads, 64 numbers for each, as there is no config.json.")
     try:
         return config if n_head is None else replace(config, n_head=n_head)
     except ValueError as error:
