@@ -518,7 +518,9 @@ def find_weights(name_or_path):
     a Path that exists is a path, whatever its name. Raises InputError where there are no weights.
     """
     path = Path(name_or_path)
-    if str(name_or_path) in RELEASED and not (path is name_or_path and path.exists()):
+    if not str(name_or_path):  # of a variable that is not set; as a path it would be this folder
+        raise InputError("a model's name is empty")
+    if str(name_or_path) in RELEASED and not (isinstance(name_or_path, Path) and path.exists()):
         return [fetch(str(path))], str(path)
     if re.search(r"[\ud800-\udfff]", str(path)):  # safetensors would not find it
         raise InputError(f"{path} has a name that is not UTF-8: rename it")
