@@ -526,19 +526,20 @@ def find_weights(name_or_path):
         raise InputError(f"{path} has a name that is not UTF-8: rename it")
     index = path / "model.safetensors.index.json"
     with reading(path):
-        if path.is_dir() and not index.is_file():
+        if path.is_dir() and ((path / "model.safetensors").is_file() or not index.is_file()):
             path = path / "model.safetensors"
         if path.suffix.lower() in PICKLES:
             raise InputError(f"{path} is a pickle, and unpickling runs code: use safetensors")
         if path.is_file():
             return [path], None
         if not path.is_dir():
-            what = "is no plain file" if path.exists() else "does not exist"
+            is_folder = os.path.isdir(name_or_path)
+            what = "is a folder without model.safetensors" if is_folder else "does not exist"
             names = f"a .safetensors file, a model's folder or a plain {', '.join(RELEASED)}"
             raise InputError(f"{name_or_path} {what}: give {names}")
     shards = read_json(index).get("weight_map")
     names = sorted(map(str, {*shards.values()})) if isinstance(shards, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    if not names or any(name in ("", "..") or Path(name).name != name for name in names):
         raise InputError(f"{index} does not name the files of its own folder")
     return [find_weights(path / name)[0][0] for name in names], None
 
