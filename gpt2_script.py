@@ -638,7 +638,7 @@ def find_faults(stored):
             faults.append(f"{name} is {part.dtype} {part.shape}, not floats {shape}")
         elif shape is None and name != "lm_head.weight":
             if not (mask and f"h.{mask[1]}.ln_1.bias" in wanted):
-                faults.append(f"{name!a} is no tensor of GPT-2")
+                faults.append(f"{shorten(ascii(name), 60)} is no tensor of GPT-2")
     head = stored.get("lm_head.weight")
     if head and not same_bytes(head, stored["wte.weight"]):
         faults.append("lm_head.weight is an output table of its own, which GPT-2 has not")
@@ -2277,8 +2277,12 @@ def config_faults(files, stored):
             yield f"{name} has a chat template, which GPT-2 has not"
         steers = [field for field in STEERS if said.get(field)]
         yield from (f"{name} sets {field}, which steers what is said" for field in steers)
+    try:
+        sizes = sizes_of(stored)
+    except ValueError:  # told with the tensors
+        return
     if "config.json" in files:
-        apply_config(sizes_of(stored), files["config.json"], "lm_head.weight" in stored)
+        apply_config(sizes, files["config.json"], "lm_head.weight" in stored)
 
 
 # %%
@@ -2376,6 +2380,7 @@ def difference(part, other):
 def tensor_steps(stored, trusted=None):
     """All tensors, one in memory at a time: Progress, then what was found, as Steps."""
     norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
+    odd[20:] = [f"{len(odd) - 20} more faults of this kind"] if len(odd) > 21 else odd[20:]
     names = dict.fromkeys([*stored, *(trusted or ())])
     n_ctx = [*stored["wpe.weight"].shape, 0][0] if "wpe.weight" in stored else 0
     for i, name in enumerate(names):
