@@ -2233,34 +2233,43 @@ def escaped(text):
 
 # %%
 def files_of(name_or_path):
-    """{name: path} of the files of a model: all of a folder, or a weights file and its config."""
+    """The weights files of a model, {name: path} of all its files, and whether it is a folder; one
+    that is not has a weights file and the config.json beside it."""
     folder, (weights, release) = Path(name_or_path), find_weights(name_or_path)
-    paths = [weights[0], weights[0].with_name("config.json")]
+    paths, is_folder = [weights[0], weights[0].with_name("config.json")], False
     if release is None and folder.is_dir():
-        paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+        paths, is_folder = [path for path in sorted(folder.rglob("*")) if not path.is_dir()], True
     folder = weights[0].parent
-    return {escaped(path.relative_to(folder)): path for path in paths if os.path.lexists(path)}
+    files = {escaped(path.relative_to(folder)): path for path in paths if os.path.lexists(path)}
+    return weights, files, is_folder
 
 
 # %%
-def files_step(files, trusted):
-    """Every file with its SHA-256, what can run code, and what differs from trusted files."""
+def files_step(model, trusted):
+    """Every file with its SHA-256, what can run code, and what differs from trusted files; both are
+    what files_of tells."""
+    weights, files, is_folder = model
     hashes, found, odd = {name: file_hash(path) for name, path in files.items()}, [], []
     releases = {sha256: name for name, (_, sha256) in RELEASED.items()}
     for name, path in files.items():
         with open(path, "rb") as file:
             start = file.read(2)
-        if path.suffix.lower() in CODE or start[:1] == b"\x80" or start == b"PK":  # pickle, zip
+        code = start[:1] == b"\x80" or start == b"PK"  # a pickle, a zip; or the length of a header
+        if path.suffix.lower() in CODE or code and path not in weights:
             odd.append(f"{name} can run code where it is loaded")
+        elif path.suffix.lower() == ".safetensors" and path not in weights:
+            odd.append(f"{name} holds weights that nothing looks at here")
         if hashes[name] in releases:
             found.append(f"{name} is byte for byte the released {releases[hashes[name]]}.")
     if trusted is not None:
-        theirs = {name: file_hash(path) for name, path in trusted.items()}
-        odd += [f"{name} is not in the trusted copy" for name in hashes if name not in theirs]
-        odd += [f"{name} is in the trusted copy alone" for name in theirs if name not in hashes]
         # weights are compared tensor by tensor: other programs write other headers
-        both = [name for name in hashes if name in theirs and not name.endswith(".safetensors")]
-        odd += [f"{name} has other bytes" for name in both if hashes[name] != theirs[name]]
+        ours = {name: hashes[name] for name, path in files.items() if path not in weights}
+        theirs = {name: file_hash(x) for name, x in trusted[1].items() if x not in trusted[0]}
+        if is_folder and trusted[2]:
+            odd += [f"{name} is not in the trusted copy" for name in ours if name not in theirs]
+            odd += [f"{name} is in the trusted copy alone" for name in theirs if name not in ours]
+        both = [name for name in ours if name in theirs]
+        odd += [f"{name} has other bytes" for name in both if ours[name] != theirs[name]]
     shown = "\n".join(f"{sha256}  {name}" for name, sha256 in hashes.items())
     purpose = "A model is more than its weights: every file, with its SHA-256."
     return Step("files", purpose, "", [shown], " ".join(found) or "no release's weights.", odd)
@@ -2427,15 +2436,16 @@ def verify_act(name_or_path, against=None):
 
     What is odd stands in each Step's `odd`. Raises InputError where a file cannot be read.
     """
-    stored, files = read_headers(find_weights(name_or_path)[0]), files_of(name_or_path)
-    trusted, their_files, text = None, None, escaped(name_or_path)
+    model, trusted, text = files_of(name_or_path), None, escaped(name_or_path)
+    stored, others = read_headers(model[0]), None
     if against is not None:
-        trusted, their_files = read_headers(find_weights(against)[0]), files_of(against)
+        trusted = files_of(against)
+        others = read_headers(trusted[0])
         text += f", against {escaped(against)}"
     yield Act("Verify: the files of a GPT-2", text)
-    yield files_step(files, their_files)
-    yield config_step(files, stored)
-    yield from tensor_steps(stored, trusted)
+    yield files_step(model, trusted)
+    yield config_step(model[1], stored)
+    yield from tensor_steps(stored, others)
 
 
 # %% [markdown] tags=["active-py"]
