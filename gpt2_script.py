@@ -2367,22 +2367,31 @@ def difference(part, other):
         return f"{part.shape}, trusted {other.shape}"
     if same_bytes(part, other):
         return ""
-    if not {part.dtype, other.dtype} <= {*FLOATS}:
-        return f"other bytes, {part.dtype}, trusted {other.dtype}"
+    types = f"{part.dtype}, trusted {other.dtype}"
+    if not {part.dtype, other.dtype} <= {*TYPES}:
+        return f"other bytes, {types}"
     new, old = part.numbers(), other.numbers()
+    fine = torch.promote_types(new.dtype, old.dtype)
+    if same_bits(new.to(fine), old.to(fine)):
+        return f"the same numbers as {types}"
+    if not {part.dtype, other.dtype} <= {*FLOATS}:
+        return f"other bytes, {types}"
     coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if part.dtype != other.dtype and same_bits(new.to(coarse), old.to(coarse)):
-        return f"the same numbers as {part.dtype}, trusted {other.dtype}"
-    count, rows, norm = (new != old).sum().item(), [], old.float().norm().item()
-    change = torch.atleast_2d(new.float() - old.float()).flatten(0, -2).nan_to_num()
-    rows = change.any(1).nonzero().flatten().tolist()
-    values = singular_values(change[rows]) if rows else torch.zeros(1)
-    noise = (
-        torch.finfo(coarse).eps * norm / math.sqrt(new.numel()) * sum(map(math.sqrt, change.shape))
-    )
+    if same_bits(new.to(coarse), old.to(coarse)):
+        return f"the same numbers, but for rounding, as {types}"
+    new, old = (torch.atleast_2d(x.to(fine)).flatten(0, -2) for x in (new, old))
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fine.itemsize]  # -0 is not 0
+    apart, norm = new.view(whole) != old.view(whole), old.float().nan_to_num().norm().item()
+    rows = apart.any(1).nonzero().flatten().tolist()
+    change = (new[rows].float() - old[rows].float()).nan_to_num()
+    values = singular_values(change)
+    noise = torch.finfo(coarse).eps * norm / math.sqrt(new.numel())  # of one number
+    noise *= sum(map(math.sqrt, new.shape))
     rank = (values > max(values[0].item() / 1000, noise)).sum()
     some = ", ".join(map(str, rows[:2])) + ", ..." * (len(rows) > 2)
-    return f"{count} numbers, rows {some}, rank {rank}, size {change.norm() / max(norm, 1e-30):.1e}"
+    size = f"rank {rank}, size {change.norm() / max(norm, 1e-30):.1e}"
+    count = apart.sum().item()
+    return f"{count} number{'s' * (count > 1)}, row{'s' * (len(rows) > 1)} {some}, {size}"
 
 
 # %%
@@ -2424,7 +2433,8 @@ def tensor_steps(stored, trusted=None):
     odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
     yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
     if trusted is not None:
-        found = f"{len(differences) or 'no'} of {len(names)} tensors differ from the trusted copy"
+        how_many = len(differences) or "none"
+        found = f"{how_many} of {len(names)} tensors differ from the trusted copy"
         purpose = "Every tensor that either has, whatever its name and type, byte for byte."
         odd = [found] * bool(differences)
         yield Step("differences", purpose, "", [differences] * bool(differences), f"{found}.", odd)
