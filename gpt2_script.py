@@ -2395,6 +2395,17 @@ def difference(part, other):
 
 
 # %%
+def tensors_step(stored, odd):
+    """The tensors by kind, and what is odd about them, as a Step."""
+    kinds = Counter(
+        (re.sub(r"\.\d+\.", ".N.", escaped(n)), x.dtype, str(x.shape)) for n, x in stored.items()
+    )
+    rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
+    shown = [rows[:30]] * bool(rows)
+    return Step("tensors", "What the weights hold, by kind.", shown=shown, odd=odd)
+
+
+# %%
 def tensor_steps(stored, trusted=None):
     """All tensors, one in memory at a time: Progress, then what was found, as Steps."""
     norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
@@ -2417,13 +2428,7 @@ def tensor_steps(stored, trusted=None):
             norms = torch.cat([some.float().norm(dim=1) for some in numbers.split(4096)])
         elif re.match(r"h\.\d+\..", name) and numbers.dim() == 2 and numbers.numel():
             ratios[name] = spike(numbers)
-    kinds = Counter(
-        (re.sub(r"\.\d+\.", ".N.", escaped(n)), x.dtype, str(x.shape)) for n, x in stored.items()
-    )
-    rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
-    yield Step(
-        "tensors", "What the weights hold, by kind.", shown=[rows[:30]] * bool(rows), odd=odd
-    )
+    yield tensors_step(stored, odd)
     found = suspects(*oddity(norms, ratios)) if len(norms) else []
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
     purpose = (
