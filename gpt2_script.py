@@ -2427,7 +2427,7 @@ def tensor_steps(stored, trusted=None):
         elif name == "wte.weight" and numbers.dim() == 2:
             norms = torch.cat([some.float().norm(dim=1) for some in numbers.split(4096)])
         elif re.match(r"h\.\d+\..", name) and numbers.dim() == 2 and numbers.numel():
-            ratios[name] = spike(numbers)
+            ratios[shorten(escaped(name), 60)] = spike(numbers)
     yield tensors_step(stored, odd)
     found = suspects(*oddity(norms, ratios)) if len(norms) else []
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
