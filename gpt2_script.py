@@ -2311,10 +2311,17 @@ def tokenizer_faults(files):
         pairs = [x if isinstance(x, str) else " ".join(x) for x in whole["model"]["merges"]]
         parts["tokenizer.json"] = whole["model"]["vocab"], own
         parts["tokenizer.json, merges"] = pairs, merges
-        parts["tokenizer.json, added tokens"] = [x["content"] for x in whole["added_tokens"]], [END]
+        added = [(x["content"], x["id"]) for x in whole["added_tokens"]]
+        parts["tokenizer.json, added tokens"] = added, [(END, 50256)]
         parts["tokenizer.json, normalizer"] = whole.get("normalizer"), None
-        for part in ("pre_tokenizer", "decoder"):
-            parts[f"tokenizer.json, {part}"] = whole[part]["type"], "ByteLevel"
+        splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        found = splits | whole["pre_tokenizer"]
+        parts["tokenizer.json, pre_tokenizer"] = {key: found[key] for key in splits}, splits
+        parts["tokenizer.json, decoder"] = whole["decoder"]["type"], "ByteLevel"
+        inserted = (whole.get("post_processor") or {}).get("special_tokens") or {}
+        parts["tokenizer.json, post_processor"] = inserted, {}
+        settings = {key for key, value in whole["model"].items() if value} - {"type"}
+        parts["tokenizer.json, model"] = settings, {"vocab", "merges"}
     for name, (found, wanted) in parts.items():
         if wanted is own:
             odd = [token for token in {**own, **found} if own.get(token) != found.get(token)]
@@ -2326,10 +2333,25 @@ def tokenizer_faults(files):
 
 
 # %%
+def added_faults(files):
+    """What the small files of a tokenizer add to GPT-2's tokens: sentences."""
+    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        said = read_json(files[name]) if name in files else {}
+        tokens = [x for key, x in said.items() if key.endswith(("_token", "_prefix_space"))]
+        for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+            more = said.get(key) or []
+            tokens += more.values() if isinstance(more, dict) else more
+        tokens = [*said] if name == "added_tokens.json" else tokens
+        odd = {str(x["content"] if isinstance(x, dict) else x) for x in tokens if x} - {END}
+        if odd:
+            yield f"{name} sets {shorten(escaped(', '.join(sorted(odd))), 60)}, not as GPT-2 does"
+
+
+# %%
 def config_step(files, stored):
     """What of config and tokenizer is not GPT-2's, as a Step."""
     odd, names = [], [name for name in files if name.endswith((".json", ".txt"))]
-    for faults in (config_faults(files, stored), tokenizer_faults(files)):
+    for faults in (config_faults(files, stored), tokenizer_faults(files), added_faults(files)):
         try:
             odd += faults
         except InputError as error:
