@@ -2563,7 +2563,8 @@ def choose_device(name):
 def run_acts(options):
     """The acts that the command line asks for, as records; InputError comes before the first."""
     device, nano = choose_device(options.device), options.model == "nano"
-    acts = choose(options.acts or ("all" if nano else "watch"), ACTS, "act")
+    default = "all" if nano else "watch"
+    acts = choose(default if options.acts is None else options.acts, ACTS, "act")
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
     model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
