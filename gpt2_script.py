@@ -2608,10 +2608,16 @@ def main(arguments=None):
         if hasattr(stream, "reconfigure"):  # a closed one is None
             stream.reconfigure(errors="replace")
     try:
-        options = parse_arguments(arguments)
-        if options.verify is not None:
-            return int(play(verify_act(options.verify, options.against)) > 0)
-        play(run_acts(options), options.full, options.step)
+        try:
+            options = parse_arguments(arguments)
+            if options.verify is not None:
+                return int(play(verify_act(options.verify, options.against)) > 0)
+            play(run_acts(options), options.full, options.step)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        return 2
     except (InputError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -2621,4 +2627,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # at once: what could not be written is not tried again
