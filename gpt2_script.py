@@ -400,7 +400,9 @@ def encode(tokenizer, text, n_ctx):
 # %%
 def piece(tokenizer, token):
     """One token as a person can read it: quoted, with escapes for what has no width of its own
-    and for bytes that are only a part of a character."""
+    and for bytes that are only a part of a character; a row that pads the table has no text."""
+    if token >= tokenizer.n_vocab:
+        return f"<{token}>"
     raw = tokenizer.decode_single_token_bytes(token)
     try:
         text = raw.decode()
@@ -1188,10 +1190,8 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     model(ids, cache)
     held = [tensor for block in cache for tensor in block.values()]
     same = torch.equal(cache[0]["k"][0].float().cpu(), run.seen["h.0.attn.k"])
-    purpose = (
-        "To go on, the model needs only the keys and values of earlier tokens. They are kept, "
-    )
-    purpose += "and each step sends one token through instead of all."
+    purpose = "To go on, the model needs only the keys and values of earlier tokens. They are "
+    purpose += "kept, and each step sends one token through instead of all."
     formula = f"{len(held)} × {list(held[0].shape)}: keys and values of each block"
     found = (
         f"{sum(x.numel() for x in held):,} numbers are kept, {'the very' if same else 'NOT the'} "
@@ -1212,7 +1212,8 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
                 for t in candidates
             ]
         )
-    shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {tokenizer.decode(chosen)!r}")
+    text = tokenizer.decode([token for token in chosen if token < tokenizer.n_vocab])
+    shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {text!r}")
     purpose = (
         "One token is chosen, joins the text, and the model is asked again. At temperature 0 it "
     )
