@@ -701,7 +701,8 @@ def configure(stored, file, release=None, n_head=None):
         if config.n_embd % 64 or os.path.lexists(beside):
             raise InputError(f"{file}: give n_head, or a config.json beside it that tells it")
         n_head = config.n_embd // 64
-        print(f"{file.name!a}: {n_head} heads, 64 numbers for each, as there is no config.json.")
+        heads = "1 head" if n_head == 1 else f"{n_head} heads"
+        print(f"{file.name!a}: {heads}, 64 numbers for each, as there is no config.json.")
     try:
         return config if n_head is None else replace(config, n_head=n_head)
     except ValueError as error:
