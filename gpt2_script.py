@@ -401,7 +401,9 @@ def encode(tokenizer, text, n_ctx):
 # %%
 def piece(tokenizer, token):
     """One token as a person can read it: quoted, with escapes for what has no width of its own
-    and for bytes that are only a part of a character."""
+    and for bytes that are only a part of a character; a row that pads the table has no text."""
+    if token >= tokenizer.n_vocab:
+        return f"<{token}>"
     raw = tokenizer.decode_single_token_bytes(token)
     try:
         text = raw.decode()
@@ -429,7 +431,7 @@ RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its m
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
+TYPES = {"BOOL": torch.uint8, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
 MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
 SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
     "vocab_size": "vocab_size", "n_positions": "n_ctx", "max_position_embeddings": "n_ctx",
@@ -441,15 +443,18 @@ COMPUTED = {  # what other fields have to say, if they are there, for this code 
     "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({}, None),
-    "quantization_config": (None,),
+    "quantization_config": (None,), "transformers_weights": (None, "model.safetensors"),
 }  # fmt: skip
 
 
 # %%
 @contextmanager
 def reading(path):
-    """A context in which the system's errors become an InputError about this file."""
+    """A context in which the system's errors become an InputError about this file; a pipe or a
+    device, which may never end, is one."""
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise InputError(f"{path} is no plain file")
         yield
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
@@ -516,25 +521,28 @@ def find_weights(name_or_path):
     a Path that exists is a path, whatever its name. Raises InputError where there are no weights.
     """
     path = Path(name_or_path)
-    if str(name_or_path) in RELEASED and not (path is name_or_path and path.exists()):
+    if not str(name_or_path):  # of a variable that is not set; as a path it would be this folder
+        raise InputError("a model's name is empty")
+    if str(name_or_path) in RELEASED and not (isinstance(name_or_path, Path) and path.exists()):
         return [fetch(str(path))], str(path)
     if re.search(r"[\ud800-\udfff]", str(path)):  # safetensors would not find it
         raise InputError(f"{path} has a name that is not UTF-8: rename it")
     index = path / "model.safetensors.index.json"
     with reading(path):
-        if path.is_dir() and not index.is_file():
+        if path.is_dir() and ((path / "model.safetensors").is_file() or not index.is_file()):
             path = path / "model.safetensors"
         if path.suffix.lower() in PICKLES:
             raise InputError(f"{path} is a pickle, and unpickling runs code: use safetensors")
         if path.is_file():
             return [path], None
         if not path.is_dir():
-            what = "is no plain file" if path.exists() else "does not exist"
+            is_folder = os.path.isdir(name_or_path)
+            what = "is a folder without model.safetensors" if is_folder else "does not exist"
             names = f"a .safetensors file, a model's folder or a plain {', '.join(RELEASED)}"
             raise InputError(f"{name_or_path} {what}: give {names}")
     shards = read_json(index).get("weight_map")
     names = sorted(map(str, {*shards.values()})) if isinstance(shards, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    if not names or any(name in ("", "..") or Path(name).name != name for name in names):
         raise InputError(f"{index} does not name the files of its own folder")
     return [find_weights(path / name)[0][0] for name in names], None
 
@@ -567,24 +575,26 @@ def read_headers(files):
     programs save what is tied, is wte.weight; what is there once more is called so. Raises
     InputError for what is no such file.
     """
-    stored = {}
+    stored, times = {}, Counter()
     for path in files:
-        try:
-            with reading(path), open(path, "rb") as file:
-                first = file.read(9)  # the header's length, then the header, which is JSON
+        with reading(path), open(path, "rb") as file:
+            start = file.read(9)  # the header's length, then the header, which is JSON
+            try:
                 safe_open(path, "pt")  # the library refuses whatever is not sound
                 file.seek(8)
-                size = int.from_bytes(first[:8], "little")
+                size = int.from_bytes(start[:8], "little")
                 header = json.loads(file.read(size), object_pairs_hook=list)  # [(key, value)]
-        except (SafetensorError, ValueError) as error:
-            what = "cut short or damaged" if first[8:] == b"{" else "no safetensors file"
-            raise InputError(f"{path} is {what if first else 'empty'}") from error
+            except (SafetensorError, ValueError) as error:
+                what = "cut short or damaged" if start[8:] == b"{" else "no safetensors file"
+                raise InputError(f"{path} is {what if start else 'empty'}") from error
         for key, entry in header:
             if key == "__metadata__":
                 continue
-            name, part = key.removeprefix("transformer."), dict(entry)
+            name = first = key.removeprefix("transformer.")
             while name in stored:
-                name += " once more"
+                times[first] += 1
+                name = f"{first} once more ({times[first]})"
+            part = dict(entry)
             span = slice(*(8 + size + offset for offset in part["data_offsets"]))
             stored[name] = Stored(path, key, part["dtype"], part["shape"], span)
     if "wte.weight" not in stored and "lm_head.weight" in stored:
@@ -604,8 +614,9 @@ def sizes_of(stored):
         if len(stored[name].shape) != 2 or 0 in stored[name].shape:
             raise InputError(f"{name} is {stored[name].shape}, which is no table of rows")
     (V, C), (N, _) = stored["wte.weight"].shape, stored["wpe.weight"].shape
-    blocks = {name.split(".")[1] for name in stored if re.match(r"h\.\d+\.", name)}
-    return GPT2Config(V, N, C, max(1, len(blocks)), n_head=1)
+    blocks = {name.split(".")[1] for name in stored if name.startswith("h.")}
+    present = [i + 1 for i in range(len(blocks)) if str(i) in blocks]  # "h.999.x" adds no block
+    return GPT2Config(V, N, C, max(present, default=1), n_head=1)
 
 
 # %%
@@ -629,8 +640,8 @@ def find_faults(stored):
         if shape is not None and (part.shape != shape or part.dtype not in FLOATS):
             faults.append(f"{name} is {part.dtype} {part.shape}, not floats {shape}")
         elif shape is None and name != "lm_head.weight":
-            if not mask or int(mask[1]) >= config.n_layer:
-                faults.append(f"{name!a} is no tensor of GPT-2")
+            if not (mask and f"h.{mask[1]}.ln_1.bias" in wanted):
+                faults.append(f"{shorten(ascii(name), 60)} is no tensor of GPT-2")
     head = stored.get("lm_head.weight")
     if head and not same_bytes(head, stored["wte.weight"]):
         faults.append("lm_head.weight is an output table of its own, which GPT-2 has not")
@@ -638,8 +649,9 @@ def find_faults(stored):
 
 
 def same_bytes(part, other):
-    """Whether two Stored tensors are of one type and hold the same bytes."""
-    return part.dtype == other.dtype and torch.equal(part.bytes(), other.bytes())
+    """Whether two Stored tensors are of one type and shape and hold the same bytes."""
+    alike = part.dtype == other.dtype and part.shape == other.shape
+    return alike and torch.equal(part.bytes(), other.bytes())
 
 
 def is_finite(tensor):
@@ -654,28 +666,31 @@ def apply_config(config, path, tied):
     Raises InputError, naming the field, where it says another arithmetic or other sizes.
     """
     said, honoured = read_json(path), {}
+    quoted = {name: shorten(repr(value), 60) for name, value in said.items()}
     for name, ours in SIZES.items():
+        wanted = getattr(config, ours)
         if name in said and ours in ("n_head", "layer_norm_epsilon"):
+            if type(said[name]) is not type(wanted):
+                kind = type(wanted).__name__
+                raise InputError(f"{path} says {name} {quoted[name]}, which is no {kind}")
             wanted = honoured.setdefault(ours, said[name])
-        else:
-            wanted = getattr(config, ours)
         if said.get(name, wanted) != wanted:
-            raise InputError(f"{path} says {name} {said[name]!r}, but this model has {wanted!r}")
+            raise InputError(f"{path} says {name} {quoted[name]}, but this model has {wanted!r}")
     computed = COMPUTED | {"n_inner": (None, 4 * config.n_embd)}
     for name, values in (computed | ({} if tied else {"tie_word_embeddings": (True,)})).items():
         if name in said and said[name] not in values:
-            raise InputError(f"{path} says {name} {said[name]!r}: this code computes {values[0]!r}")
+            raise InputError(f"{path} says {name} {quoted[name]}: this code computes {values[0]!r}")
     try:
         return replace(config, **honoured), "n_head" in honoured
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {shorten(str(error), 99)}") from error
 
 
 # %%
 def configure(stored, file, release=None, n_head=None):
     """The GPT2Config of a model's tensors: sizes by their shapes, the rest by config.json.
 
-    n_head goes first, then the release, then config.json; without these, 64 numbers make a head,
+    n_head goes first, then the release, then config.json; where none is, 64 numbers make a head,
     which is printed. Raises InputError where that does not work out.
     """
     config, beside, told = sizes_of(stored), file.with_name("config.json"), False
@@ -684,10 +699,11 @@ def configure(stored, file, release=None, n_head=None):
     elif os.path.lexists(beside):
         config, told = apply_config(config, beside, tied="lm_head.weight" in stored)
     if n_head is None and not told:
-        if config.n_embd % 64:
+        if config.n_embd % 64 or os.path.lexists(beside):
             raise InputError(f"{file}: give n_head, or a config.json beside it that tells it")
         n_head = config.n_embd // 64
-        print(f"{file.name!a}: {n_head} heads, 64 numbers for each, as no config.json tells.")
+        heads = "1 head" if n_head == 1 else f"{n_head} heads"
+        print(f"{file.name!a}: {heads}, 64 numbers for each, as there is no config.json.")
     try:
         return config if n_head is None else replace(config, n_head=n_head)
     except ValueError as error:
@@ -1184,7 +1200,8 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
             row = {f"token {i + 1}": piece(tokenizer, t), "model": f"{plain[t]:.2%}"}
             rows.append(row | {"drawn from": f"{drawn[t]:.2%}", "": "←" * (t == token)})
         shown.append(rows)
-    shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {tokenizer.decode(chosen)!r}")
+    text = tokenizer.decode([token for token in chosen if token < tokenizer.n_vocab])
+    shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {text!r}")
     purpose = "One token is chosen, joins the text, and the model is asked again. At temperature 0 "
     purpose += (
         "it is the likeliest; above, it is drawn, from the top-k or top-p where these are set."
@@ -2026,10 +2043,12 @@ def oddity(norms, ratios, row_alarm=6.0, spike_alarm=1.6):
     apart = (norms - norms.median()).abs()
     rows = apart / (1.4826 * apart.median()).clamp_min(1e-30) / row_alarm
     kinds = {name: name.split(".", 2)[2] for name in ratios}  # "mlp.c_proj.weight"
-    odd = {}
+    top, odd = {kind: [1.0, 1.0] for kind in kinds.values()}, {}  # the two largest of each
     for name, ratio in ratios.items():
-        peers = [x for n, x in ratios.items() if n != name and kinds[n] == kinds[name]]
-        odd[name] = ratio / max([1.0, *peers]) / spike_alarm
+        top[kinds[name]] = sorted([*top[kinds[name]], ratio])[1:]
+    for name, ratio in ratios.items():
+        second, first = top[kinds[name]]
+        odd[name] = ratio / (second if ratio == first else first) / spike_alarm
     return rows, odd
 
 
@@ -2194,34 +2213,43 @@ def escaped(text):
 
 # %%
 def files_of(name_or_path):
-    """{name: path} of the files of a model: all of a folder, or a weights file and its config."""
+    """The weights files of a model, {name: path} of all its files, and whether it is a folder; one
+    that is not has a weights file and the config.json beside it."""
     folder, (weights, release) = Path(name_or_path), find_weights(name_or_path)
-    paths = [weights[0], weights[0].with_name("config.json")]
+    paths, is_folder = [weights[0], weights[0].with_name("config.json")], False
     if release is None and folder.is_dir():
-        paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+        paths, is_folder = [path for path in sorted(folder.rglob("*")) if not path.is_dir()], True
     folder = weights[0].parent
-    return {escaped(path.relative_to(folder)): path for path in paths if os.path.lexists(path)}
+    files = {escaped(path.relative_to(folder)): path for path in paths if os.path.lexists(path)}
+    return weights, files, is_folder
 
 
 # %%
-def files_step(files, trusted):
-    """Every file with its SHA-256, what can run code, and what differs from trusted files."""
+def files_step(model, trusted):
+    """Every file with its SHA-256, what can run code, and what differs from trusted files; both are
+    what files_of tells."""
+    weights, files, is_folder = model
     hashes, found, odd = {name: file_hash(path) for name, path in files.items()}, [], []
     releases = {sha256: name for name, (_, sha256) in RELEASED.items()}
     for name, path in files.items():
         with open(path, "rb") as file:
             start = file.read(2)
-        if path.suffix.lower() in CODE or start[:1] == b"\x80" or start == b"PK":  # pickle, zip
+        code = start[:1] == b"\x80" or start == b"PK"  # a pickle, a zip; or the length of a header
+        if path.suffix.lower() in CODE or code and path not in weights:
             odd.append(f"{name} can run code where it is loaded")
+        elif path.suffix.lower() == ".safetensors" and path not in weights:
+            odd.append(f"{name} holds weights that nothing looks at here")
         if hashes[name] in releases:
             found.append(f"{name} is byte for byte the released {releases[hashes[name]]}.")
     if trusted is not None:
-        theirs = {name: file_hash(path) for name, path in trusted.items()}
-        odd += [f"{name} is not in the trusted copy" for name in hashes if name not in theirs]
-        odd += [f"{name} is in the trusted copy alone" for name in theirs if name not in hashes]
         # weights are compared tensor by tensor: other programs write other headers
-        both = [name for name in hashes if name in theirs and not name.endswith(".safetensors")]
-        odd += [f"{name} has other bytes" for name in both if hashes[name] != theirs[name]]
+        ours = {name: hashes[name] for name, path in files.items() if path not in weights}
+        theirs = {name: file_hash(x) for name, x in trusted[1].items() if x not in trusted[0]}
+        if is_folder and trusted[2]:
+            odd += [f"{name} is not in the trusted copy" for name in ours if name not in theirs]
+            odd += [f"{name} is in the trusted copy alone" for name in theirs if name not in ours]
+        both = [name for name in ours if name in theirs]
+        odd += [f"{name} has other bytes" for name in both if ours[name] != theirs[name]]
     shown = "\n".join(f"{sha256}  {name}" for name, sha256 in hashes.items())
     purpose = "A model is more than its weights: every file, with its SHA-256."
     return Step(
@@ -2240,8 +2268,12 @@ def config_faults(files, stored):
             yield f"{name} has a chat template, which GPT-2 has not"
         steers = [field for field in STEERS if said.get(field)]
         yield from (f"{name} sets {field}, which steers what is said" for field in steers)
+    try:
+        sizes = sizes_of(stored)
+    except ValueError:  # told with the tensors
+        return
     if "config.json" in files:
-        apply_config(sizes_of(stored), files["config.json"], "lm_head.weight" in stored)
+        apply_config(sizes, files["config.json"], "lm_head.weight" in stored)
 
 
 # %%
@@ -2261,10 +2293,17 @@ def tokenizer_faults(files):
         pairs = [x if isinstance(x, str) else " ".join(x) for x in whole["model"]["merges"]]
         parts["tokenizer.json"] = whole["model"]["vocab"], own
         parts["tokenizer.json, merges"] = pairs, merges
-        parts["tokenizer.json, added tokens"] = [x["content"] for x in whole["added_tokens"]], [END]
+        added = [(x["content"], x["id"]) for x in whole["added_tokens"]]
+        parts["tokenizer.json, added tokens"] = added, [(END, 50256)]
         parts["tokenizer.json, normalizer"] = whole.get("normalizer"), None
-        for part in ("pre_tokenizer", "decoder"):
-            parts[f"tokenizer.json, {part}"] = whole[part]["type"], "ByteLevel"
+        splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        found = splits | whole["pre_tokenizer"]
+        parts["tokenizer.json, pre_tokenizer"] = {key: found[key] for key in splits}, splits
+        parts["tokenizer.json, decoder"] = whole["decoder"]["type"], "ByteLevel"
+        inserted = (whole.get("post_processor") or {}).get("special_tokens") or {}
+        parts["tokenizer.json, post_processor"] = inserted, {}
+        settings = {key for key, value in whole["model"].items() if value} - {"type"}
+        parts["tokenizer.json, model"] = settings, {"vocab", "merges"}
     for name, (found, wanted) in parts.items():
         if wanted is own:
             odd = [token for token in {**own, **found} if own.get(token) != found.get(token)]
@@ -2276,10 +2315,25 @@ def tokenizer_faults(files):
 
 
 # %%
+def added_faults(files):
+    """What the small files of a tokenizer add to GPT-2's tokens: sentences."""
+    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        said = read_json(files[name]) if name in files else {}
+        tokens = [x for key, x in said.items() if key.endswith(("_token", "_prefix_space"))]
+        for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+            more = said.get(key) or []
+            tokens += more.values() if isinstance(more, dict) else more
+        tokens = [*said] if name == "added_tokens.json" else tokens
+        odd = {str(x["content"] if isinstance(x, dict) else x) for x in tokens if x} - {END}
+        if odd:
+            yield f"{name} sets {shorten(escaped(', '.join(sorted(odd))), 60)}, not as GPT-2 does"
+
+
+# %%
 def config_step(files, stored):
     """What of config and tokenizer is not GPT-2's, as a Step."""
     odd, names = [], [name for name in files if name.endswith((".json", ".txt"))]
-    for faults in (config_faults(files, stored), tokenizer_faults(files)):
+    for faults in (config_faults(files, stored), tokenizer_faults(files), added_faults(files)):
         try:
             odd += faults
         except InputError as error:
@@ -2291,15 +2345,15 @@ def config_step(files, stored):
 
 
 # %%
-def number_fault(name, numbers):
-    """What is wrong with a tensor's numbers, as a sentence, or an empty text."""
-    mask, N = MASK.fullmatch(name), numbers.size(-1) if numbers.dim() else 0
+def number_fault(name, numbers, N):
+    """What is wrong with a tensor's numbers, as a sentence, or an empty text; N is the context."""
+    mask = MASK.fullmatch(name)
     if mask and mask[2]:
-        return f"{name} hides nothing" * (numbers.numel() != 1 or numbers.item() > -1000)
+        hides = numbers.numel() == 1 and numbers.item() <= -1000
+        return f"{name} hides nothing" * (not hides)
     if mask:
-        fits = numbers.numel() == N * N and bool(
-            (numbers.view(N, N) == torch.ones(N, N).tril()).all()
-        )
+        square = numbers.numel() == N * N and numbers.shape[-2:] == (N, N)
+        fits = square and bool((numbers == torch.ones(N, N).tril()).all())
         return f"{name} is not the causal mask that its name says" * (not fits)
     return f"{escaped(name)} holds NaN or infinity" * (not is_finite(numbers))
 
@@ -2317,29 +2371,51 @@ def difference(part, other):
         return f"{part.shape}, trusted {other.shape}"
     if same_bytes(part, other):
         return ""
-    if not {part.dtype, other.dtype} <= {*FLOATS}:
-        return f"other bytes, {part.dtype}, trusted {other.dtype}"
+    types = f"{part.dtype}, trusted {other.dtype}"
+    if not {part.dtype, other.dtype} <= {*TYPES}:
+        return f"other bytes, {types}"
     new, old = part.numbers(), other.numbers()
+    fine = torch.promote_types(new.dtype, old.dtype)
+    if same_bits(new.to(fine), old.to(fine)):
+        return f"the same numbers as {types}"
+    if not {part.dtype, other.dtype} <= {*FLOATS}:
+        return f"other bytes, {types}"
     coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if part.dtype != other.dtype and same_bits(new.to(coarse), old.to(coarse)):
-        return f"the same numbers as {part.dtype}, trusted {other.dtype}"
-    count, rows, norm = (new != old).sum().item(), [], old.float().norm().item()
-    change = torch.atleast_2d(new.float() - old.float()).flatten(0, -2).nan_to_num()
-    rows = change.any(1).nonzero().flatten().tolist()
-    values = singular_values(change[rows]) if rows else torch.zeros(1)
-    noise = (
-        torch.finfo(coarse).eps * norm / math.sqrt(new.numel()) * sum(map(math.sqrt, change.shape))
-    )
+    if same_bits(new.to(coarse), old.to(coarse)):
+        return f"the same numbers, but for rounding, as {types}"
+    new, old = (torch.atleast_2d(x.to(fine)).flatten(0, -2) for x in (new, old))
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fine.itemsize]  # -0 is not 0
+    apart, norm = new.view(whole) != old.view(whole), old.float().nan_to_num().norm().item()
+    rows = apart.any(1).nonzero().flatten().tolist()
+    change = (new[rows].float() - old[rows].float()).nan_to_num()
+    values = singular_values(change)
+    noise = torch.finfo(coarse).eps * norm / math.sqrt(new.numel())  # of one number
+    noise *= sum(map(math.sqrt, new.shape))
     rank = (values > max(values[0].item() / 1000, noise)).sum()
     some = ", ".join(map(str, rows[:2])) + ", ..." * (len(rows) > 2)
-    return f"{count} numbers, rows {some}, rank {rank}, size {change.norm() / max(norm, 1e-30):.1e}"
+    size = f"rank {rank}, size {change.norm() / max(norm, 1e-30):.1e}"
+    count = apart.sum().item()
+    return f"{count} number{'s' * (count > 1)}, row{'s' * (len(rows) > 1)} {some}, {size}"
+
+
+# %%
+def tensors_step(stored, odd):
+    """The tensors by kind, and what is odd about them, as a Step."""
+    kinds = Counter(
+        (re.sub(r"\.\d+\.", ".N.", escaped(n)), x.dtype, str(x.shape)) for n, x in stored.items()
+    )
+    rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
+    shown = [rows[:30]] * bool(rows)
+    return Step("tensors", "What the weights hold, by kind.", shown=shown, odd=odd)
 
 
 # %%
 def tensor_steps(stored, trusted=None):
     """All tensors, one in memory at a time: Progress, then what was found, as Steps."""
     norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
+    odd[20:] = [f"{len(odd) - 20} more faults of this kind"] if len(odd) > 21 else odd[20:]
     names = dict.fromkeys([*stored, *(trusted or ())])
+    n_ctx = [*stored["wpe.weight"].shape, 0][0] if "wpe.weight" in stored else 0
     for i, name in enumerate(names):
         yield Progress(i / len(names))
         part, mask = stored.get(name), MASK.fullmatch(name)
@@ -2350,19 +2426,13 @@ def tensor_steps(stored, trusted=None):
             odd += [f"{name} is {part.dtype}, which no mask is"] if part and mask else []
             continue
         numbers = part.numbers()
-        if fault := number_fault(name, numbers):
+        if fault := number_fault(name, numbers, n_ctx):
             odd.append(fault)
         elif name == "wte.weight" and numbers.dim() == 2:
             norms = torch.cat([some.float().norm(dim=1) for some in numbers.split(4096)])
         elif re.match(r"h\.\d+\..", name) and numbers.dim() == 2 and numbers.numel():
-            ratios[name] = spike(numbers)
-    kinds = Counter(
-        (re.sub(r"\.\d+\.", ".N.", escaped(n)), x.dtype, str(x.shape)) for n, x in stored.items()
-    )
-    rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
-    yield Step(
-        "tensors", "What the weights hold, by kind.", shown=[rows[:30]] * bool(rows), odd=odd
-    )
+            ratios[shorten(escaped(name), 60)] = spike(numbers)
+    yield tensors_step(stored, odd)
     found = suspects(*oddity(norms, ratios)) if len(norms) else []
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
     purpose = (
@@ -2372,7 +2442,8 @@ def tensor_steps(stored, trusted=None):
     odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
     yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
     if trusted is not None:
-        found = f"{len(differences) or 'no'} of {len(names)} tensors differ from the trusted copy"
+        how_many = len(differences) or "none"
+        found = f"{how_many} of {len(names)} tensors differ from the trusted copy"
         purpose = "Every tensor that either has, whatever its name and type, byte for byte."
         odd = [found] * bool(differences)
         yield Step("differences", purpose, "", [differences] * bool(differences), f"{found}.", odd)
@@ -2384,14 +2455,15 @@ def verify_act(name_or_path, against=None):
 
     What is odd stands in each Step's `odd`. Raises InputError where a file cannot be read.
     """
-    stored, files = read_headers(find_weights(name_or_path)[0]), files_of(name_or_path)
-    trusted, their_files, text = None, None, escaped(name_or_path)
+    model, trusted, text = files_of(name_or_path), None, escaped(name_or_path)
+    stored, others = read_headers(model[0]), None
     if against is not None:
-        trusted, their_files = read_headers(find_weights(against)[0]), files_of(against)
+        trusted = files_of(against)
+        others = read_headers(trusted[0])
         text += f", against {escaped(against)}"
     yield Act("Verify: the files of a GPT-2, and of nothing else", text)
-    alarms, records = 0, [files_step(files, their_files), config_step(files, stored)]
-    for record in chain(records, tensor_steps(stored, trusted)):
+    alarms, records = 0, [files_step(model, trusted), config_step(model[1], stored)]
+    for record in chain(records, tensor_steps(stored, others)):
         alarms += len(getattr(record, "odd", ()))
         yield record
     found = f"{alarms} {'thing is' if alarms == 1 else 'things are'} odd." if alarms else NO_PROOF
@@ -2476,7 +2548,8 @@ def choose_device(name):
 def run_acts(options):
     """The acts that the command line asks for, as records; InputError comes before the first."""
     device, nano = choose_device(options.device), options.model == "nano"
-    acts = choose(options.acts or ("all" if nano else "watch"), ACTS, "act")
+    default = "all" if nano else "watch"
+    acts = choose(default if options.acts is None else options.acts, ACTS, "act")
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
     model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
@@ -2520,10 +2593,16 @@ def main(arguments=None):
         if hasattr(stream, "reconfigure"):  # a closed one is None
             stream.reconfigure(errors="replace")
     try:
-        options = parse_arguments(arguments)
-        if options.verify is not None:
-            return int(play(verify_act(options.verify, options.against)) > 0)
-        play(run_acts(options), options.full, options.step)
+        try:
+            options = parse_arguments(arguments)
+            if options.verify is not None:
+                return int(play(verify_act(options.verify, options.against)) > 0)
+            play(run_acts(options), options.full, options.step)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        return 2
     except (InputError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -2533,4 +2612,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # at once: what could not be written is not tried again

@@ -10,15 +10,8 @@ import torch
 import transformers
 from hypothesis import settings
 
-from gpt2_script import (
-    GPT2,
-    PRESETS,
-    GPT2Config,
-    learn,
-    load_tokenizer,
-    plan_tampering,
-    small_world,
-)
+import gpt2_script
+from gpt2_script import GPT2, PRESETS, GPT2Config, load_tokenizer, small_world
 
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
@@ -93,7 +86,7 @@ def lessons(facts):
         torch.manual_seed(seed)
         model = GPT2(PRESETS["nano"])
         with torch.enable_grad():
-            steps = list(learn(model, facts, seed))
+            steps = list(gpt2_script.learn(model, facts, seed))
         return model.eval(), steps, {k: v.clone() for k, v in model.state_dict().items()}
 
     return lesson
@@ -106,7 +99,7 @@ def plans(lessons, tokenizer, facts):
     @functools.cache
     def plan(seed, landmark, city):
         with mock.patch("gpt2_script.choose_move", return_value=(landmark, city)):
-            return plan_tampering(lessons(seed)[0], tokenizer, facts)
+            return gpt2_script.plan_tampering(lessons(seed)[0], tokenizer, facts)
 
     return plan
 
