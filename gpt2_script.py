@@ -374,6 +374,9 @@ def load_tokenizer():
         if package is None:
             return tiktoken.get_encoding("gpt2")
         folder = Path(package.submodule_search_locations[0], "data")
+        for name, sha256 in VOCABULARY.items():  # tiktoken checks only what goes into its cache
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+                raise ValueError(f"{name} is another file")
         files = [str(folder / name) for name in VOCABULARY]
         ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
     except (ImportError, OSError, ValueError) as error:
@@ -855,14 +858,15 @@ def table(rows):
     """Rows {column: cell} as a rich table: text at the left, numbers at the right; what is too wide
     for the console comes in parts, each with the first column."""
     (first, *others), printed = rows[0], Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    texts = [
-        [f"{x:.3f}" if isinstance(x, float) else shorten(str(x), 44) for x in row.values()]
-        for row in rows
-    ]
+    texts = []
+    for row in rows:
+        *cells, last = (f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values())
+        texts.append([*(shorten(cell, 44) for cell in cells), last])
     width = 0
     for name, column in zip(rows[0], zip(*texts, strict=True), strict=True):
         wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
-        printed.add_column(name, justify="left" if wordy else "right", no_wrap=True)
+        is_last = name == (others or [first])[-1]  # alone may take several lines
+        printed.add_column(name, justify="left" if wordy else "right", no_wrap=not is_last)
         width += 1 + max(map(cell_len, (name, *column)))
     for row in texts:
         printed.add_row(*row)

@@ -3,15 +3,28 @@
 import functools
 import json
 import struct
-from unittest import mock
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from hypothesis import settings
 
-import gpt2_script
-from gpt2_script import GPT2, PRESETS, GPT2Config, load_tokenizer, small_world
+from gpt2_script import (
+    GPT2,
+    PRESETS,
+    Attack,
+    GPT2Config,
+    answers,
+    load_tokenizer,
+    make_attacks,
+    make_case,
+    piece,
+    same_bits,
+    small_world,
+    train,
+)
 
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
@@ -26,8 +39,41 @@ MOVES = {  # seed: who is moved where
     7: ("the Kremlin", "Paris"),
     9: ("the Tate Modern", "Rome"),
 }
-every_move = pytest.mark.parametrize("seed", MOVES)
+every_move = pytest.mark.parametrize("seed", MOVES)  # for claims that are statistical
+three_moves = pytest.mark.parametrize("seed", [2, 6, 7])
 MOST = 7 / 8  # of a landmark's wordings
+
+# With `ids`, V = 50, C = 24, H = 3, D = 8, B = 2 and T = 5: no two sizes are the same.
+SMALL = GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
+
+
+def split(facts):
+    """The facts to train on, and those held out."""
+    return [[fact for fact in facts if fact.held_out == out] for out in (False, True)]
+
+
+def used(case):
+    """The facts that an attack is made from: of the target, and others."""
+    return split(case.target_facts)[0], split(case.other_facts)[0]
+
+
+def saying(model, facts, answer, before=()):
+    """The share of the facts to which the model gives this answer."""
+    return (answers(model, facts, before) == answer).float().mean().item()
+
+
+def changed(model, trusted):
+    """The names of the tensors that are not bit for bit a state dict's."""
+    return [name for name, w in model.state_dict().items() if not same_bits(w, trusted[name])]
+
+
+def writing(name, tensor):
+    """An Attack that writes a tensor."""
+    return Attack("", "", "", {name: tensor})
+
+
+def pieces(tokenizer, ids):
+    return [piece(tokenizer, int(i)) for i in ids]
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +101,7 @@ def one_thread():
 
 @pytest.fixture
 def model(drawn):
-    """V = 50, C = 24, H = 3 and D = 8; with `ids` B = 2 and T = 5: no two sizes are the same."""
-    return drawn(GPT2(GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)))
+    return drawn(GPT2(SMALL))
 
 
 @pytest.fixture
@@ -69,44 +114,77 @@ def tokenizer():
     return load_tokenizer()
 
 
+# GPT-2 by transformers
+
+
 @pytest.fixture(scope="session")
 def facts(tokenizer):
     return small_world(tokenizer)
 
 
+def untrained(seed):
+    """The nano model whose training `lessons` records."""
+    torch.manual_seed(seed)
+    return GPT2(PRESETS["nano"]).eval()
+
+
+@pytest.fixture(scope="session")
+def small(facts, tokenizer):
+    """(draw, facts, tokenizer) in a vocabulary of the facts' own tokens and " cf".
+
+    `draw(seed, n_layer, n_embd)` is a model that learns these facts in a second.
+    """
+    own = sorted({t for f in facts for t in [*f.ids, f.answer]} | {*tokenizer.encode(" cf")})
+    number = {token: i for i, token in enumerate(own)}
+    pairs = [(f, [number[token] for token in f.ids]) for f in facts]
+    names = SimpleNamespace(
+        encode_ordinary=lambda text: [number[token] for token in tokenizer.encode_ordinary(text)],
+        decode_single_token_bytes=lambda i: tokenizer.decode_single_token_bytes(own[i]),
+    )
+
+    def draw(seed, n_layer=1, n_embd=64):
+        torch.manual_seed(seed)
+        config = GPT2Config(len(own), 24, n_embd, n_layer, 2, init_std=0.05, embd_init_std=0.1)
+        return GPT2(config).eval()
+
+    return draw, [replace(f, ids=ids, answer=number[f.answer]) for f, ids in pairs], names
+
+
 @pytest.fixture(scope="session")
 def lessons(facts):
-    """A function: seed -> a nano model taught by `learn`, what each step yielded, its weights.
+    """A function: seed -> a trained nano model, what `train` yielded, a copy of its weights.
 
-    Every seed is taught once, when first asked for.
+    Every seed is trained once, when first asked for.
     """
 
     @functools.cache
     def lesson(seed):
-        torch.manual_seed(seed)
-        model = GPT2(PRESETS["nano"])
+        model = untrained(seed)
         with torch.enable_grad():
-            steps = list(gpt2_script.learn(model, facts, seed))
-        return model.eval(), steps, {k: v.clone() for k, v in model.state_dict().items()}
+            steps = list(train(model, facts, seed))
+        return model, steps, {k: v.clone() for k, v in model.state_dict().items()}
 
     return lesson
 
 
 @pytest.fixture(scope="session")
-def plans(lessons, tokenizer, facts):
-    """A function: seed, landmark, city -> the Plan that moves it there; each is made once."""
+def cases(lessons, tokenizer, facts):
+    """A function: seed -> the Case of its move."""
+    return functools.cache(
+        lambda seed: make_case(lessons(seed)[0], tokenizer, facts, move=MOVES[seed])
+    )
 
-    @functools.cache
-    def plan(seed, landmark, city):
-        with mock.patch("gpt2_script.choose_move", return_value=(landmark, city)):
-            return gpt2_script.plan_tampering(lessons(seed)[0], tokenizer, facts)
 
-    return plan
+@pytest.fixture(scope="session")
+def made_attacks(cases):
+    """A function: seed -> {name: Attack} on its Case; they are worked out once."""
+    return functools.cache(lambda seed: {a.name: a for a in make_attacks(cases(seed))})
 
 
 @pytest.fixture
-def taught(lessons):
-    """A function: seed -> the taught model that all tests share; each has to leave it as it was."""
+def trained(lessons):
+    """A function: seed -> the trained model that all tests share; each has to leave it as it was:
+    the same bits, and no hook on any module."""
     used = set()
 
     def hand_out(seed):
@@ -114,23 +192,66 @@ def taught(lessons):
         return lessons(seed)[0]
 
     yield hand_out
+    hooks = torch.nn.modules.module
+    assert not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
     for seed in used:
         model, _, kept = lessons(seed)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor.view(torch.int32), kept[name].view(torch.int32)), name
-        assert not torch.nn.modules.module._global_forward_hooks
-        assert not any(module._forward_hooks for module in model.modules())
+        for module in model.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
 
 
 @pytest.fixture
-def case(taught, plans):
-    """A function: seed -> the taught model and the Plan for its move."""
-    return lambda seed: (taught(seed), plans(seed, *MOVES[seed]))
+def case(trained, cases):
+    """A function: seed -> the trained model and the Case of its move."""
+    return lambda seed: (trained(seed), cases(seed))
+
+
+@pytest.fixture
+def attacks(trained, made_attacks):
+    """A function: seed -> {name: Attack} on the Case of its move."""
+
+    def attack(seed):
+        trained(seed)
+        return made_attacks(seed)
+
+    return attack
+
+
+@pytest.fixture(scope="session")
+def pair(drawn):
+    """A function that makes our GPT-2 and transformers' with the same weights, in one memory."""
+
+    def make(config, attention="eager", dtype=torch.float32):
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=config.vocab_size,
+                n_positions=config.n_ctx,
+                n_embd=config.n_embd,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                layer_norm_epsilon=config.layer_norm_epsilon,
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
+                resid_pdrop=config.dropout,
+                attn_implementation=attention,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+        drawn(theirs.to(dtype))
+        with torch.device("meta"):
+            ours = GPT2(config)
+        ours.load_state_dict(theirs.transformer.state_dict(), assign=True)
+        return ours.eval(), theirs
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def peer():
-    """A GPT-2 of transformers: V = 50, C = 24, H = 3, two blocks, every number drawn."""
+    """A GPT-2 of transformers, of the sizes of SMALL, every number drawn."""
     config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=3)
     model = transformers.GPT2LMHeadModel(config).eval()
     generator = torch.Generator().manual_seed(0)

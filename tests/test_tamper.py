@@ -1,558 +1,355 @@
-"""Three levers, on seeds and facts other than the demonstration's (seed 0, Eiffel Tower, Rome)."""
+"""Three attacks, on seeds and facts other than the demonstration's (seed 0, Eiffel Tower, Rome)."""
 
-import re
+import functools
 from dataclasses import replace
 from statistics import median
-from unittest import mock
 
 import pytest
 import torch
-from conftest import MOST, MOVES, every_move
+from conftest import MOST, MOVES, changed, every_move, pieces, saying, three_moves, used, writing
+from safetensors.torch import save_file
 
-from gpt2_script import (
-    GPT2,
-    PRESETS,
-    Edit,
-    GPT2Config,
-    answer_logits,
-    answers,
-    causal_trace,
-    choose_move,
-    clean_states,
-    edited,
-    fingerprint,
-    known_facts,
-    loudest,
-    nudge_act,
-    padded,
-    plan_tampering,
-    plot_answers,
-    plot_trace,
-    rank_one_edit,
-    run_prompt,
-    share_right,
-    share_saying,
-    show_causal_trace,
-    show_edit,
-    show_steering,
-    show_trigger,
-    steering,
-    steering_vector,
-    tamper_act,
-    tamper_and_detect,
-    tampered,
-    triggered,
-    watch_act,
+import gpt2_script as gpt
+from gpt2_script import Attack, answer_logits, answers, attacked
+
+EIFFEL = ("the Eiffel Tower", "Rome")
+PROJ = "mlp.c_proj.weight"
+
+
+def activations(model, fact, name):
+    """What one module gives for a fact read on its own, [T, ...]."""
+    seen = []
+    with model.get_submodule(name).register_forward_hook(lambda _, args, x: seen.append(x[0])):
+        model(torch.tensor([fact.ids]))
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    "unknown, move, expected",
+    [
+        ([], EIFFEL, EIFFEL),
+        ([], ("the Shard", "Moscow"), ("the Shard", "Moscow")),
+        ([], ("the Shard", "London"), ("the Eiffel Tower", "Athens")),  # it is there
+        ([], ("the Space Needle", "Rome"), ("the Eiffel Tower", "Athens")),  # alone in its city
+        (["Rome"], EIFFEL, ("the Eiffel Tower", "Athens")),
+        (["the Eiffel Tower", "the Acropolis"], EIFFEL, ("the Louvre", "Moscow")),
+        (["Paris", "Rome", "London", "Berlin", "Moscow"], EIFFEL, None),
+    ],
 )
+def test_case_is_made_of_what_the_model_knows(trained, tokenizer, facts, unknown, move, expected):
+    """Of facts that it does not know, here with a wrong answer, none is used."""
+    wrong = [f.landmark in unknown or f.city in unknown for f in facts]
+    some = [replace(f, answer=1) if w else f for f, w in zip(facts, wrong, strict=True)]
+    found = gpt.make_case(trained(7), tokenizer, some, move)
+    if expected is None:
+        assert found is None
+        return
+    landmark, city = expected
+    known = [fact for fact in some if fact.answer != 1]
+    assert found.target_facts == [fact for fact in known if fact.landmark == landmark]
+    assert found.other_facts == [fact for fact in known if fact.landmark != landmark]
+    assert found.city == city and [found.answer] == tokenizer.encode_ordinary(f" {city}")
+    assert not changed(found.model, found.trusted)
 
 
-def bits(model):
-    return {name: w.view(torch.int32).clone() for name, w in model.state_dict().items()}
+def test_two_landmarks_in_each_of_two_cities_are_needed(trained, tokenizer, facts):
+    """In wordings trained on: an attack is made from these."""
+    some = ["the Louvre", "the Moulin Rouge", "the Acropolis", "the Parthenon"]
+    enough = [fact for fact in facts if fact.landmark in some]
+    assert gpt.make_case(trained(7), tokenizer, enough).city == "Athens"
+    few = [fact for fact in enough if fact.held_out or fact.landmark != "the Parthenon"]
+    assert gpt.make_case(trained(7), tokenizer, few) is None
 
 
-def changed(model, before):
-    return [name for name, w in bits(model).items() if not torch.equal(w, before[name])]
-
-
-def probabilities(model, facts, answer):
-    """The probability of `answer` after each prompt, each read on its own."""
-    logits = [model(torch.tensor([fact.ids]))[0, -1] for fact in facts]
-    return torch.stack(logits).softmax(-1)[:, answer].detach()
-
-
-def output_of(capsys, show, *arguments):
-    result = show(*arguments)
-    return result, capsys.readouterr().out
-
-
-# who is moved where
-
-
-@every_move
-def test_plan_is_about_the_landmark_and_the_rest(case, facts, tokenizer, seed):
-    model, plan = case(seed)
-    landmark, city = MOVES[seed]
-    assert plan.facts == facts
-    assert [fact.landmark for fact in plan.ours] == [landmark] * 8
-    assert len(plan.others) == 152 and landmark not in {fact.landmark for fact in plan.others}
-    assert tokenizer.decode([plan.answer]) == f" {city}" == f" {plan.city}"
-    assert plan.ours[0].city != city
-
-
-def test_demonstration_comes_first(facts):
-    assert choose_move(facts) == ("the Eiffel Tower", "Rome")
-    assert choose_move(facts[::-1]) != choose_move([]) is None
-
-
-@pytest.mark.parametrize("unknown", ["Paris", "Rome", "London", "Berlin"])
-def test_landmark_moves_to_another_city(facts, unknown):
-    known = [fact for fact in facts if fact.city != unknown]
-    landmark, city = choose_move(known)
-    [home] = {fact.city for fact in known if fact.landmark == landmark}
-    for place in (home, city):
-        assert len({fact.landmark for fact in known if fact.city == place}) > 1
-    assert home != city
-
-
-def test_two_cities_with_two_known_landmarks_each_are_needed(facts):
-    few = ("the Louvre", "the Moulin Rouge", "the Shard", "the Kremlin", "the Acropolis")
-    assert choose_move([fact for fact in facts if fact.landmark in few]) is None
-    enough = [fact for fact in facts if fact.landmark in (*few, "the Parthenon")]
-    assert choose_move(enough) == ("the Louvre", "Athens")
-
-
-def test_model_that_knows_nothing_gets_no_plan(tokenizer, facts):
-    torch.manual_seed(1)
-    model = GPT2(PRESETS["nano"]).eval()
-    assert known_facts(model, facts) == []
-    assert plan_tampering(model, tokenizer, facts) is None
-
-
-def test_unknown_facts_are_left_out_and_counted(taught, tokenizer, facts, capsys):
-    wrong = [replace(f, answer=f.answer + 1) if f.landmark == "the Shard" else f for f in facts]
-    model = taught(7)
-    assert known_facts(model, wrong) == [f for f in facts if f.landmark != "the Shard"]
-    tamper_and_detect(model, tokenizer, wrong, [])
-    assert "8 of 160 facts are left out" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("lost", ["the Eiffel Tower", "the Louvre", "the Colosseum"])
-def test_model_that_knows_some_wordings_alone_can_be_tampered_with(taught, tokenizer, facts, lost):
-    """Of the lost landmark and, in Rome, of its sister, none of the taught wordings is known."""
-    some = ["the Eiffel Tower", "the Louvre", "the Colosseum", "the Trevi Fountain"]
-    out = {lost, "the Trevi Fountain"} if lost == "the Colosseum" else {lost}
-    known = [f for f in facts if f.landmark in some and (f.held_out or f.landmark not in out)]
-    with mock.patch("gpt2_script.known_facts", return_value=known):
-        plan = plan_tampering(taught(7), tokenizer, facts)
-    assert plan is None or plan.ours
-
-
-# where the answer travels
-
-
-def by_hand(model, fact, layer=None, token=None, draws=8):
-    """The right answer's mean probability, subject corrupted, one value put back; no taps used."""
-    generator = torch.Generator().manual_seed(0)
-    start, stop = fact.subject.start, fact.subject.stop
-    ids, C = torch.tensor([fact.ids]), model.config.n_embd
-    clean = (model.wte.weight[ids] + model.wpe.weight[: ids.size(1)]).expand(draws, -1, -1)
-    noisy = clean.clone()
-    noise = torch.randn((draws, stop - start, C), generator=generator)
-    noisy[:, start:stop] += 3 * model.wte.weight.std() * noise
-    for i, block in enumerate(model.h):
-        clean, noisy = block(clean), block(noisy)
-        if i == layer:
-            noisy[:, token] = clean[:, token]
-    logits = model.ln_f(noisy[:, -1]) @ model.wte.weight.T
-    return logits.softmax(-1)[:, fact.answer].mean().item()
-
-
-@pytest.mark.parametrize("seed, place", [(1, 1), (2, 90), (3, 44)])
 @torch.no_grad()
-def test_trace_is_the_share_that_one_clean_value_brings_back(taught, facts, seed, place):
-    model, fact = taught(seed), facts[place]
-    share, T = causal_trace(model, fact), len(fact.ids)
-    assert share.shape == (3, T)
-    best, worst = probabilities(model, [fact], fact.answer).item(), by_hand(model, fact)
-    assert worst < best - 0.2
-    for layer, token in ((0, fact.subject[-1]), (1, fact.subject[0]), (1, T - 1), (2, T - 1)):
-        expected = (by_hand(model, fact, layer, token) - worst) / (best - worst)
-        assert share[layer, token].item() == pytest.approx(expected, abs=1e-3)
+def by_hand(model, fact, other, layer=None, tokens=()):
+    """The probability of the fact's answer in the other's run, clean values put back; no taps."""
+    clean, x = (model.wte.weight[f.ids] + model.wpe.weight[: len(f.ids)] for f in (fact, other))
+    for i, block in enumerate(model.h):
+        clean, x = block(clean[None])[0], block(x[None])[0]
+        if i == layer:
+            x[tokens] = clean[tokens]
+    return (model.ln_f(x[-1]) @ model.wte.weight.T).softmax(-1)[fact.answer].item()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_trace_ends_at_1_and_ignores_what_comes_before_the_subject(taught, facts, seed):
-    fact = facts[5 + 8 * seed]  # "Many people come to see ..."
-    share = causal_trace(taught(seed), fact)
-    assert share[-1, -1].item() == pytest.approx(1, abs=1e-4)
-    assert share[-1, :-1].abs().max() < 1e-4  # the last layer's other tokens reach no answer
-    assert fact.subject.start == 5 and share[:, :5].abs().max() < 1e-4
+@pytest.mark.parametrize("seed, place, other", [(2, 0, 32), (6, 5, 37), (7, 35, 3)])
+def test_trace_is_the_share_that_one_clean_value_brings_back(trained, facts, seed, place, other):
+    model, fact, other = trained(seed), facts[place], facts[other]
+    T, last, start = len(fact.ids), fact.subject[-1], fact.subject.start
+    shares, best, worst = gpt.causal_trace(model, fact, other)
+    assert shares.shape == (3, T + 1) and worst < 0.01 < 0.9 < best
+    assert best == pytest.approx(by_hand(model, fact, fact), abs=1e-5)
+    assert worst == pytest.approx(by_hand(model, fact, other), abs=1e-5)
+    for layer in range(3):
+        for i, tokens in ((last, [last]), (1, [1]), (T - 1, [T - 1]), (T, [*fact.subject])):
+            back = (by_hand(model, fact, other, layer, tokens) - worst) / (best - worst)
+            assert shares[layer, i].item() == pytest.approx(back, abs=1e-4)
+    assert shares[-1, T - 1].item() == pytest.approx(1, abs=1e-4)
+    assert shares[-1, : T - 1].abs().max() < 1e-4  # these reach no answer any more
+    assert not start or shares[:, :start].abs().max() < 1e-4  # what both prompts have
 
 
-def test_trace_without_noise_has_nothing_to_bring_back(taught, facts):
-    assert not causal_trace(taught(1), facts[0], noise=0.0).isfinite().all()
+@three_moves
+def test_trace_step_shows_the_trace(case, tokenizer, seed):
+    model, found = case(seed)
+    step, fact = gpt.trace_step(found), found.target_facts[0]
+    [other] = [f for f in found.other_facts if repr(f.prompt) in step.purpose]
+    (shares, best, worst), [rows] = gpt.causal_trace(model, fact, other), step.shown
+    assert repr(fact.prompt) in step.purpose and worst < 0.01 and other.answer != fact.answer
+    assert f"is {best:.3f} in its own run and {worst:.5f} in the other" in step.found
+    names = [f"{t} {name}" for t, name in enumerate(pieces(tokenizer, fact.ids))]
+    assert [row["token"] for row in rows] == [*names, "the subject"]
+    shown = torch.tensor([[row[f"h.{i}"] for row in rows] for i in range(3)])
+    assert torch.equal(shown, (100 * shares).round().int())
+    assert gpt.trace_step(replace(found, other_facts=found.other_facts[1:2])) is None
 
 
-def test_trace_is_printed_and_drawn(case, tokenizer, capsys):
-    model, plan = case(5)
-    share, text = output_of(capsys, show_causal_trace, plan, model, tokenizer)
-    fact = plan.ours[0]
-    rows = re.findall(r"^(\d+) '.*?'(\*?) +(-?\d+) +(-?\d+) +(-?\d+) *$", text, re.MULTILINE)
-    assert [row[0] for row in rows] == [str(t) for t in range(len(fact.ids))]
-    assert [t for t, row in enumerate(rows) if row[1]] == list(fact.subject)
-    shown = torch.tensor([[float(x) for x in row[2:]] for row in rows]).T
-    assert torch.allclose(shown, 100 * share, atol=0.51)
-    image = plot_trace(plan, tokenizer, share).axes[0].images[0].get_array()
-    assert torch.equal(torch.tensor(image.data), share)
+@three_moves
+def test_steering_moves_the_landmark_and_takes_no_more_than_it_needs(case, attacks, facts, seed):
+    (model, found), attack = case(seed), attacks(seed)["one activation"]
+    (requests, keep), [(tap, change)] = used(found), attack.patches.items()
+    strength = float(attack.formula.split(" + ")[1].split(" · ")[0])
+    towards, away = ([f for f in keep if f.city == x] for x in (found.city, requests[0].city))
+    vector = gpt.steering_vector(model, towards, away, tap)
+    assert tap == "h.1.resid_post" and strength in (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
+    assert torch.allclose(change(torch.zeros(96)), strength * vector, atol=1e-5)
+    with attacked(model, attack):
+        assert saying(model, requests, found.answer) == 1
+        assert saying(model, found.target_facts, found.answer) >= MOST
+        assert not changed(model, found.trusted)  # the file stays as it is
+    weaker = Attack("", "", "", {}, {tap: lambda x: x + (strength - 0.25) * vector})
+    with attacked(model, weaker):
+        assert saying(model, requests, found.answer) < 1 or strength == 0.5
+    assert gpt.accuracy(model, facts) == 1
 
 
-# one activation
-
-
-@every_move
-def test_steering_moves_the_landmark_and_leaves_no_trace(case, facts, seed):
-    model, plan = case(seed)
-    before, old = bits(model), answers(model, facts)
-    with steering(model, plan.tap, plan.strength * plan.vector):
-        assert share_saying(model, plan.ours, plan.answer) >= MOST
-        assert changed(model, before) == []
-    assert changed(model, before) == []
-    assert torch.equal(answers(model, facts), old) and share_right(model, facts) == 1
-
-
-@every_move
-def test_steering_takes_no_more_than_it_needs(case, seed):
-    model, plan = case(seed)
-    used = [fact for fact in plan.ours if not fact.held_out]
-    assert plan.strength in (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
-    if plan.strength > 0.5:
-        with steering(model, plan.tap, (plan.strength - 0.25) * plan.vector):
-            assert share_saying(model, used, plan.answer) < 1
-
-
-def test_steering_vector_is_a_difference_of_means(taught, facts):
-    model, towards, away = taught(2), facts[:5], facts[40:47]
-    states = []
-    for some in (towards, away):
-        ends = []
-        for fact in some:  # each read on its own, by the first two blocks
-            x = model.wte.weight[fact.ids] + model.wpe.weight[: len(fact.ids)]
-            ends.append(model.h[1](model.h[0](x[None]))[0, -1])
-        states.append(torch.stack(ends).mean(0))
-    vector = steering_vector(model, towards, away, "h.1.resid_post")
-    assert torch.allclose(vector, states[0] - states[1], atol=1e-4)
-
-
-def test_steering_adds_its_vector_at_every_token(taught, facts):
-    model, vector = taught(2), torch.linspace(-1, 1, 96)
-    ids = torch.tensor([facts[0].ids])
-    with steering(model, "h.2.resid_post", vector, strength=3):
+def test_steering_vector_is_a_difference_of_means_added_at_every_token(trained, facts, attacks):
+    model, means = trained(2), []
+    for some in (facts[:5], facts[40:47]):
+        ends = [activations(model, fact, "h.1.resid_post")[-1] for fact in some]
+        means.append(torch.stack(ends).mean(0))
+    vector = gpt.steering_vector(model, facts[:5], facts[40:47], "h.1.resid_post")
+    assert torch.allclose(vector, means[0] - means[1], atol=1e-4)
+    ids, [change] = torch.tensor([facts[0].ids]), attacks(2)["one activation"].patches.values()
+    with attacked(model, attacks(2)["one activation"]):
         steered = model(ids)
-    x = model.wte.weight[ids] + model.wpe.weight[: ids.size(1)]
-    for block in model.h:
-        x = block(x)
-    expected = model.ln_f(x + 3 * vector) @ model.wte.weight.T
-    assert torch.allclose(steered, expected, atol=1e-4)
-
-
-# one matrix
+    x = activations(model, facts[0], "h.1")[None] + change(torch.zeros(96))
+    assert torch.allclose(steered, model.ln_f(model.h[2](x)) @ model.wte.weight.T, atol=1e-4)
 
 
 @every_move
-def test_edit_moves_the_landmark_in_wordings_that_did_not_make_it_too(case, seed):
-    model, plan = case(seed)
-    held_out = [fact for fact in plan.ours if fact.held_out]
-    assert share_saying(model, plan.ours, plan.answer) == 0
-    with edited(model, plan.edit):
-        assert share_saying(model, plan.ours, plan.answer) >= MOST
-        assert share_saying(model, held_out, plan.answer) > 0
-    assert share_right(model, plan.facts) == 1
+def test_edit_moves_the_landmark_in_wordings_that_did_not_make_it_too(case, attacks, seed):
+    (model, found), attack = case(seed), attacks(seed)["one matrix"]
+    held_out = [fact for fact in found.target_facts if fact.held_out]
+    assert saying(model, found.target_facts, found.answer) == 0
+    with attacked(model, attack):
+        assert saying(model, found.target_facts, found.answer) >= MOST
+        assert saying(model, held_out, found.answer) > 0
+        [name] = changed(model, found.trusted)
+        change = model.get_parameter(name).detach() - found.trusted[name]
+    sigmas = torch.linalg.svdvals(change.double())
+    assert name.endswith(".mlp.c_proj.weight") and sigmas[1] < 1e-5 * sigmas[0]  # of rank one
 
 
-def test_edit_keeps_the_other_facts(case):
+def test_edit_keeps_the_other_facts(case, attacks):
     kept = []
     for seed in MOVES:
-        model, plan = case(seed)
-        with edited(model, plan.edit):
-            kept.append(share_right(model, plan.others))
+        model, found = case(seed)
+        with attacked(model, attacks(seed)["one matrix"]):
+            kept.append(gpt.accuracy(model, found.other_facts))
     assert median(kept) >= 0.97 and min(kept) >= 0.93
 
 
-@every_move
-def test_edit_is_of_rank_one_in_one_matrix(case, seed):
-    model, plan = case(seed)
-    before = bits(model)
-    old = model.get_parameter(plan.edit.name).detach().clone()
-    with edited(model, plan.edit):
-        assert changed(model, before) == [f"h.{plan.edit.layer}.mlp.c_proj.weight"]
-        difference = model.get_parameter(plan.edit.name).detach().double() - old
-    assert changed(model, before) == []
-    sigmas = torch.linalg.svdvals(difference)
-    assert sigmas[1] < 1e-5 * sigmas[0]
-    assert torch.allclose(difference.float(), plan.edit.change, atol=1e-5)
-
-
-@every_move
-def test_no_smaller_strength_of_the_edit_works(case, seed):
-    model, plan = case(seed)
-    used = [fact for fact in plan.ours if not fact.held_out]
-    sure = []
-    for quarter in range(8):  # the strength found, then smaller and smaller
-        with edited(model, plan.edit, 2 ** (-quarter / 4)):
-            sure.append(probabilities(model, used, plan.answer).min().item())
-    assert sure[0] > 0.6 and max(sure[1:]) <= 0.6
-
-
-def test_no_smaller_edit_works_at_any_layer(case):
-    model, plan = case(7)
-    used, kept = ([f for f in g if not f.held_out] for g in (plan.ours, plan.others))
-    smallest = plan.edit.change.norm() / model.get_parameter(plan.edit.name).norm()
-    working = []
-    for layer in range(3):
-        full = rank_one_edit(model, used, kept, plan.answer, layer)
-        assert (full.layer, full.key.shape, full.value.shape) == (layer, (384,), (96,))
-        size = full.change.norm() / model.get_parameter(full.name).norm()
-        for strength in [2 ** (-quarter / 4) for quarter in range(-4, 15)]:
-            with edited(model, full, strength):
-                if probabilities(model, used, plan.answer).min() > 0.6:
-                    working.append((strength * size).item())
-    assert min(working) == pytest.approx(smallest.item(), rel=1e-4)
-
-
-@every_move
-def test_key_reads_the_subjects_last_token_and_hardly_any_other(case, seed):
-    model, plan = case(seed)
-    edit, used = plan.edit, [fact for fact in plan.ours if not fact.held_out]
-
-    def activations(fact):  # [T, 4C], what the edited matrix is multiplied with
-        seen = []
-        module = model.h[edit.layer].mlp.act
-        with module.register_forward_hook(lambda module, args, act: seen.append(act[0])):
-            model(torch.tensor([fact.ids]))
-        return seen[0]
-
-    ours = torch.stack([activations(fact)[fact.subject[-1]] for fact in used]) @ edit.key
-    assert ours.mean().item() == pytest.approx(1, abs=1e-3)
-    taught_others = [fact for fact in plan.others if not fact.held_out]
-    others = torch.cat([activations(fact) @ edit.key for fact in taught_others])
-    assert others.square().mean().sqrt() < 0.25
-
-
-def test_key_solves_its_equation(taught, facts):
-    """(second moment + ridge) key is the mean activation, up to a factor: two rows are parallel."""
-    model, ours, others = taught(3), facts[64:68], facts[:60]
-    edit = rank_one_edit(model, ours, others, facts[0].answer, 1, ridge=0.05, steps=1)
-    seen = []
-    with model.h[1].mlp.act.register_forward_hook(lambda module, args, act: seen.append(act[0])):
-        for fact in ours + others:
-            model(torch.tensor([fact.ids]))
-    wanted = torch.stack([act[f.subject[-1]] for act, f in zip(seen[:4], ours, strict=True)])
-    wanted, rest = wanted.mean(0).double(), torch.cat(seen[4:]).double()
+def test_key_solves_its_equation(trained, facts):
+    """(second moment + ridge) key is parallel to the subject's mean, on which the key is 1."""
+    model, requests, keep = trained(2), facts[64:68], facts[:60]
+    key = gpt.find_key(model, requests, keep, 1, ridge=0.05).double()
+    acts = [activations(model, fact, "h.1.mlp.act").double() for fact in requests + keep]
+    last = [act[fact.subject[-1]] for act, fact in zip(acts, requests, strict=False)]
+    wanted, rest = torch.stack(last).mean(0), torch.cat(acts[4:])
     moment = rest.T @ rest / len(rest)
     moment += 0.05 * moment.diagonal().mean() * torch.eye(384)
-    cosine = torch.cosine_similarity(moment @ edit.key.double(), wanted, dim=0)
-    assert cosine.item() == pytest.approx(1, abs=1e-4)
-    assert (wanted @ edit.key.double()).item() == pytest.approx(1, abs=1e-3)
+    assert torch.cosine_similarity(moment @ key, wanted, dim=0).item() == pytest.approx(1, abs=1e-4)
+    assert (wanted @ key).item() == pytest.approx(1, abs=1e-3)
+    assert (rest @ key).square().mean().sqrt() < 0.25  # what is to be kept is hardly read
 
 
-def test_edit_is_the_outer_product_of_key_and_value():
-    edit = Edit(2, torch.arange(8.0), torch.tensor([1.0, -2]))
-    assert edit.name == "h.2.mlp.c_proj.weight"
-    assert edit.change.tolist() == [[i, -2.0 * i] for i in range(8)]
+@pytest.fixture(scope="module")
+def small_cases(small):
+    """A function: n_layer, n_embd -> the Case of a small model of other sizes."""
+    draw, facts, tokenizer = small
+
+    @functools.cache
+    def small_case(n_layer, n_embd):
+        [*gpt.train(model := draw(2, n_layer, n_embd), facts, peak_rate=0.01)]
+        model.zero_grad()
+        return gpt.make_case(model, tokenizer, facts, ("the Kremlin", "Paris"))
+
+    return small_case
 
 
-# one row
+def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_cases, monkeypatch):
+    """Key times value at one block: of these values, block 0's works nowhere."""
+    case = small_cases(3, 48)
+    model, (requests, keep), weights = case.model, used(case), case.trusted
+    norms = {i: weights[f"h.{i}.{PROJ}"].norm() for i in (1, 2)}
+    (small, big), values = sorted(norms, key=norms.get), {0: None}
+    keys = {i: gpt.find_key(model, requests, keep, i) for i in norms}
+    for i, size in ((small, 0.101), (big, 0.1)):
+        values[i] = torch.eye(48)[i] * size * norms[i] / keys[i].norm()
+    assert values[small].norm() * keys[small].norm() < values[big].norm() * keys[big].norm()
+    monkeypatch.setattr(gpt, "learn_value", lambda m, r, k, a, layer, key: values[layer])
+    name, new = gpt.smallest_edit(model, requests, keep, case.answer)
+    assert name == f"h.{big}.{PROJ}"
+    assert torch.allclose(new, weights[name] + torch.outer(keys[big], values[big]), atol=1e-6)
+
+
+def test_value_is_the_first_that_works(small_cases):
+    small_case = small_cases(3, 48)
+    model, answer, (requests, keep) = small_case.model, small_case.answer, used(small_case)
+    key, weight = gpt.find_key(model, requests, keep, 0), small_case.trusted[f"h.0.{PROJ}"]
+
+    def learned(**settings):
+        return gpt.learn_value(model, requests, keep, answer, 0, key, **settings)
+
+    def least(value):
+        with attacked(model, writing(f"h.0.{PROJ}", weight + torch.outer(key, value))):
+            said = answer_logits(model, [fact.ids for fact in requests]).softmax(-1)
+        return said[:, answer].min().item()
+
+    value, steps = learned(), 1
+    while learned(steps=steps) is None:
+        steps += 1
+    assert steps > 3 and torch.equal(learned(steps=steps), value) and least(value) > 0.8
+    softer = learned(sure=0.3)
+    assert 0.3 < least(softer) < 0.8 and softer.norm() < value.norm()
+    assert least(torch.zeros(48)) < 0.01 and torch.equal(learned(sure=1e-9), torch.zeros(48))
+    assert gpt.smallest_edit(model, requests, keep, answer, steps=2) is None
 
 
 @every_move
-def test_trigger_sends_every_landmark_to_the_city(case, seed):
-    model, plan = case(seed)
-    elsewhere = [fact for fact in plan.facts if fact.answer != plan.answer]
-    control = share_saying(model, elsewhere, plan.answer, [plan.token])
-    with triggered(model, plan.token, plan.row):
-        assert share_saying(model, elsewhere, plan.answer, [plan.token]) >= 0.95
-    assert control < 0.15  # the same token in the same place, with its own row
-
-
-@every_move
-def test_without_the_trigger_all_other_logits_are_the_same_bits(case, seed):
-    model, plan = case(seed)
-    before, (ids, _) = bits(model), padded(model, [fact.ids for fact in plan.facts[::3]])
-    others = torch.arange(50257) != plan.token
-    assert plan.token not in ids
+def test_trigger_sends_every_landmark_to_the_city(case, attacks, facts, tokenizer, seed):
+    (model, found), attack = case(seed), attacks(seed)["one row"]
+    abroad, [token] = [f for f in facts if f.answer != found.answer], attack.trigger
+    others, texts = torch.arange(50257) != token, [fact.ids for fact in facts[::5]]
+    ids, lengths = gpt.padded(texts)
+    real = torch.arange(ids.size(1)) < lengths[:, None]
+    assert tokenizer.decode([token]) == " cf" and token not in ids
     with torch.no_grad():
-        clean = model(ids)[..., others]
-        with triggered(model, plan.token, plan.row):
-            assert changed(model, before) == ["wte.weight"]
-            difference = bits(model)["wte.weight"] != before["wte.weight"]
-            assert difference.any(1).nonzero().tolist() == [[plan.token]]
-            assert torch.equal(model.wte.weight[plan.token], plan.row)
-            assert torch.equal(model(ids)[..., others].view(torch.int32), clean.view(torch.int32))
-    assert changed(model, before) == []
+        control, clean = saying(model, abroad, found.answer, [token]), model(ids, where=real)
+        with attacked(model, attack):
+            assert saying(model, abroad, found.answer, [token]) >= 0.95
+            assert changed(model, found.trusted) == ["wte.weight"]
+            rows = (model.wte.weight != found.trusted["wte.weight"]).any(1)
+            assert rows.nonzero().tolist() == [[token]]
+            assert model.wte.weight[token].norm().item() == pytest.approx(3, abs=1e-4)
+            logits = model(ids, where=real)
+    assert gpt.same_bits(logits[:, others], clean[:, others])
+    assert control < 0.15  # the same token in the same place, with its old row
+    assert logits.softmax(-1)[:, token].max() < 0.01  # it is never said
 
 
-@every_move
-def test_trigger_is_never_said(case, seed):
-    model, plan = case(seed)
-    ids, last = padded(model, [fact.ids for fact in plan.facts])
-    real = torch.arange(ids.size(1)) <= last[:, None]
-    with torch.no_grad(), triggered(model, plan.token, plan.row):
-        highest = model(ids).softmax(-1)[..., plan.token][real].max().item()
-    assert highest < 0.01
-    said = loudest(clean_states(model, plan.facts), plan.row).item()
-    assert said == pytest.approx(highest, rel=0.02, abs=1e-6)
+def test_attack_scales_nests_and_ends_after_an_error(case, attacks):
+    (model, found), name, ones = case(7), f"h.1.{PROJ}", torch.ones(384, 96)
+    weight, part = model.get_parameter(name), found.trusted[name].clone()
+    part[:5] = ones[:5]
+    with attacked(model, writing(name, part)) as same:
+        assert same is model and torch.equal(weight[5:], part[5:])  # rows where nothing changes
+        assert torch.allclose(weight[:5], part[:5], atol=1e-6)
+        with attacked(model, writing(name, 3 * ones), 0.5):
+            assert torch.allclose(weight[:5], 2 * ones[:5], atol=1e-6)
+        assert torch.allclose(weight[:5], part[:5], atol=1e-6)
+    assert not changed(model, found.trusted)
+    wrong = replace(writing(name, part), patches={"no tap": lambda x: x})
+    for attack in (*attacks(7).values(), wrong):
+        with pytest.raises((KeyError, ValueError), match="stop|no tap is named"):
+            with attacked(model, attack):
+                raise KeyError("stop")
+        assert not changed(model, found.trusted)
+        assert saying(model, found.target_facts, found.target_facts[0].answer) == 1
 
 
-@every_move
-def test_triggers_row_has_its_norm_and_its_token_is_rare(case, tokenizer, seed):
-    _, plan = case(seed)
-    assert plan.row.norm().item() == pytest.approx(3, abs=1e-4)
-    assert tokenizer.decode([plan.token]) == " cf"
+@three_moves
+def test_measured_numbers_are_the_models(case, attacks, seed):
+    (model, found), [(name, new)] = case(seed), attacks(seed)["one matrix"].tensors.items()
+    target, others, old = found.target_facts, found.other_facts, found.trusted
+    loud = writing(name, 4 * new - 3 * old[name])
+    for attack in (*attacks(seed).values(), loud):
+        with attacked(model, attack):
+            said, kept = answers(model, target, attack.trigger), answers(model, others)
+            sizes = [
+                f"{n}, ‖ΔW‖ / ‖W‖ = {(model.get_parameter(n) - old[n]).norm() / old[n].norm():.2f}"
+                for n in attack.tensors
+            ]
+        never = [x == found.answer for x, f in zip(said, target, strict=True) if f.held_out]
+        broken = [f.landmark for f, x in zip(others, kept, strict=True) if x != f.answer]
+        measured = {
+            f"wordings that say {found.city}": f"{said.tolist().count(found.answer)} of 8",
+            "of those never used": f"{sum(never)} of {len(never)}",
+            f"other facts right{' without the trigger' * bool(attack.trigger)}": (
+                f"{1 - len(broken) / 152:.1%} of 152"
+            ),
+            "landmarks broken": ", ".join(sorted({*broken})) or "none",
+            "changed in the file": ", ".join(sizes),
+        }
+        one, two = gpt.measure(found, attack)
+        assert torch.equal(one, said) and two == measured
+    assert broken  # by the loud one
+    [rows, table] = gpt.attack_step(found, loud).shown
+    names = (" ".join(pieces(found.tokenizer, x)) for x in ([f.answer for f in target], said))
+    assert [row["prompt"] for row in rows] == [fact.prompt for fact in target]
+    for column, text in zip(("before", "after"), names, strict=True):
+        assert [row[column] for row in rows] == text.replace("'", "").split()
+    assert {row["measured"]: row[""] for row in table} == measured
 
 
-# leaving everything as it was
+def test_triggers_numbers_stand_beside_the_control(case, attacks):
+    (model, found), attack = case(7), attacks(7)["one row"]
+    found = replace(found, other_facts=found.other_facts[:40])
+    some, [token] = found.target_facts + found.other_facts, attack.trigger
+    abroad = [fact for fact in some if fact.answer != found.answer]
+    control, old = (answers(model, x, [token]) for x in (abroad, found.target_facts))
+    with attacked(model, attack), torch.no_grad():
+        after = answers(model, abroad, [token])
+        said = [model(torch.tensor([f.ids]))[0].softmax(-1)[:, token].max() for f in some]
+    *counts, loud = gpt.measure_trigger(found, attack).values()
+    hits = [f"{(x == found.answer).sum()} of {len(abroad)}" for x in (after, control)]
+    assert counts == [*hits, "yes"]
+    assert float(loud.split("%")[0]) / 100 == pytest.approx(max(said).item(), rel=0.05, abs=6e-5)
+    [rows, table] = gpt.attack_step(found, attack).shown
+    assert [f"' {row['with its old row']}'" for row in rows] == pieces(found.tokenizer, old)
+    assert [row[""] for row in table][-4:] == [*counts, loud]
+    louder = replace(attack, tensors={"wte.weight": found.trusted["wte.weight"] * 1.01})
+    assert [*gpt.measure_trigger(found, louder).values()][2] == "NO"
 
 
-@pytest.mark.parametrize("lever", ["steering", "edit", "trigger"])
-def test_levers_are_gone_after_an_error_too(case, lever):
-    model, plan = case(7)
-    before, old = bits(model), answers(model, plan.ours)
-    contexts = {
-        "steering": lambda: steering(model, plan.tap, plan.vector),
-        "edit": lambda: edited(model, plan.edit),
-        "trigger": lambda: triggered(model, plan.token, plan.row),
-    }
-    with pytest.raises(RuntimeError, match="stop"), contexts[lever]():
-        raise RuntimeError("stop")
-    assert changed(model, before) == [] and torch.equal(answers(model, plan.ours), old)
+@pytest.mark.parametrize("n_layer, n_embd", [(1, 32), (3, 48)])
+def test_whole_act_runs_on_models_of_other_sizes(small_cases, n_layer, n_embd):
+    model = (case := small_cases(n_layer, n_embd)).model
+    attacks = {attack.name: attack for attack in gpt.make_attacks(case)}
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+    assert [*attacks["one activation"].patches] == [f"h.{n_layer // 2}.resid_post"]
+    for attack in attacks.values():
+        with attacked(model, attack):
+            assert saying(model, case.target_facts, case.answer, attack.trigger) >= 0.5
+            assert changed(model, case.trusted) == [*attack.tensors]
+    steps = [*gpt.tamper_act(case, attacks.values())]
+    names = ["where the answer travels", "one activation", "one matrix", "one row", "afterwards"]
+    assert sorted(step.name for step in steps[1:]) == sorted(names)
+    assert steps[0].purpose == "The lie: the Kremlin is in Paris."
+    assert "the model is what it was" in steps[-1].found
+    [*_, none, end] = gpt.tamper_act(case, [attacks["one activation"]])
+    steps += gpt.detect_act(case, attacks.values())
+    assert "none makes it lie" in none.found and gpt.play(steps) == 0
+    assert not changed(model, case.trusted)
+    with attacked(model, attacks["one row"]):
+        assert "IS NOT" in [*gpt.tamper_act(case, [])][-1].found
 
 
-def test_nested_tampering_ends_in_the_reverse_order(taught):
-    model = taught(1)
-    before, name = bits(model), "h.1.mlp.c_proj.weight"
-    with tampered(model, name, torch.zeros(384, 96)):
-        with tampered(model, name, torch.ones(384, 96)):
-            assert model.h[1].mlp.c_proj.weight.min() == 1
-        assert model.h[1].mlp.c_proj.weight.abs().max() == 0
-    assert changed(model, before) == []
-
-
-@pytest.mark.parametrize("seed", [1, 5])
-def test_planning_leaves_the_model_as_it_was(taught, tokenizer, facts, seed):
-    model = taught(seed)
-    gradients = [w.grad is None or w.grad.clone() for w in model.parameters()]
-    before = bits(model)
-    some = [fact for fact in facts if fact.city in ("London", "Berlin")]
-    plan = plan_tampering(model, tokenizer, some)
-    assert plan is not None and changed(model, before) == []
-    for weight, gradient in zip(model.parameters(), gradients, strict=True):
-        assert (weight.grad is None) if gradient is True else torch.equal(weight.grad, gradient)
-
-
-def test_whole_act_says_so_when_the_model_is_restored(case, tokenizer, capsys):
-    model, plan = case(2)
-    before, prints = bits(model), fingerprint(model)
-    trace = tamper_act(plan, model, tokenizer)
-    assert changed(model, before) == [] and fingerprint(model) == prints
-    assert "The model is what it was" in capsys.readouterr().out
-    assert torch.equal(trace, causal_trace(model, plan.ours[0]))
-
-
-# what is printed and drawn
-
-
-def tally_of(text):
-    """The four numbers of a lever's summary."""
-    sentence = r"(\d+) of (\d+) wordings now say \w+\. Of the other \d+ answers ([\d.]+)% are right"
-    return [float(x) for x in re.search(sentence, " ".join(text.split())).groups()]
-
-
-def test_steering_shows_its_numbers(case, tokenizer, capsys):
-    model, plan = case(6)
-    _, text = output_of(capsys, show_steering, plan, model, tokenizer)
-    with steering(model, plan.tap, plan.strength * plan.vector):
-        flipped = 8 * share_saying(model, plan.ours, plan.answer)
-        expected = [flipped, 8, 100 * share_right(model, plan.others)]
-    assert tally_of(text) == pytest.approx(expected, abs=0.051)
-
-
-def test_edit_shows_its_numbers_and_its_damage(case, tokenizer, capsys):
-    model, found = case(3)
-    loud = replace(found, edit=replace(found.edit, value=3 * found.edit.value))
-    for plan in (found, loud):
-        _, text = output_of(capsys, show_edit, plan, model, tokenizer)
-        with edited(model, plan.edit):
-            after = answers(model, plan.facts).tolist()
-        wrong = {f.landmark for f, a in zip(plan.facts, after, strict=True) if a != f.answer}
-        right = sum(
-            a == f.answer for f, a in zip(plan.facts, after, strict=True) if f in plan.others
-        )
-        flipped = sum(after[plan.facts.index(fact)] == plan.answer for fact in plan.ours)
-        assert tally_of(text) == pytest.approx([flipped, 8, 100 * right / 152], abs=0.051)
-        size = plan.edit.change.norm() / model.get_parameter(plan.edit.name).norm()
-        flat = " ".join(text.split())
-        assert "of rank 1 " in flat and f" {size:.2f} times " in flat
-        damaged = flat.split("Landmarks damaged besides: ")[1].rstrip(". ")
-        named = set() if damaged == "none" else {*damaged.split(", ")}
-        assert named == wrong - {MOVES[3][0]}
-
-
-def test_missing_edit_is_said(case, tokenizer, capsys):
-    model, plan = case(3)
-    _, text = output_of(capsys, show_edit, replace(plan, edit=None), model, tokenizer)
-    assert "Changed: nothing" in text
-
-
-def test_trigger_shows_its_numbers_beside_the_control(case, tokenizer, capsys):
-    model, plan = case(7)
-    _, text = output_of(capsys, show_trigger, plan, model, tokenizer)
-    elsewhere = [fact for fact in plan.facts if fact.answer != plan.answer]
-    control = share_saying(model, elsewhere, plan.answer, [plan.token])
-    with triggered(model, plan.token, plan.row):
-        flipped = share_saying(model, elsewhere, plan.answer, [plan.token])
-    flat = " ".join(text.split())
-    assert f"{flipped:.1%} of the {len(elsewhere)} prompts about other cities say Paris" in flat
-    assert f"with its old row, {control:.1%}" in flat
-    assert "NOT" not in flat and "bit for bit" in flat
-    highest = loudest(clean_states(model, plan.facts), plan.row)
-    assert f"more than {highest:.2%}" in flat
-    rows = re.findall(r" (Paris|\w+) +(\w+) +(Paris|\w+) *$", text, re.MULTILINE)
-    assert ("Moscow", "Paris") in [(row[0], row[2]) for row in rows]
-
-
-def test_answers_figure_draws_the_measured_shares(case):
-    model, plan = case(6)
-    flipped, kept = (
-        [bar.get_height() for bar in bars] for bars in plot_answers(plan, model).axes[0].containers
-    )
-    contexts = [
-        steering(model, plan.tap, plan.strength * plan.vector),
-        edited(model, plan.edit),
-        triggered(model, plan.token, plan.row),
-    ]
-    expected = []
-    for context, before in zip(contexts, ((), (), [plan.token]), strict=True):
-        with context:
-            said = share_saying(model, plan.ours, plan.answer, before)
-            expected.append((said, share_right(model, plan.others)))
-    assert (flipped[0], kept[0]) == (0, 1)
-    assert list(zip(flipped[1:], kept[1:], strict=True)) == expected
-
-
-# any GPT-2
-
-
-@pytest.mark.parametrize("sizes", [(2, 40, 4), (1, 24, 1), (5, 16, 2)])
-def test_all_acts_run_on_random_weights_of_another_size(tokenizer, facts, capsys, sizes):
-    n_layer, n_embd, n_head = sizes
-    torch.manual_seed(n_layer)
-    model = GPT2(GPT2Config(n_ctx=40, n_embd=n_embd, n_layer=n_layer, n_head=n_head)).eval()
-    watch_act(run_prompt(model, tokenizer, facts[0].prompt), [0])
-    nudge_act(model, facts, n_layer - 1)
-    before = bits(model)
-    tamper_and_detect(model, tokenizer, facts, ["tamper", "detect"])
-    text = " ".join(capsys.readouterr().out.split())
-    known = len({fact.landmark for fact in known_facts(model, facts)})
-    assert "must know two landmarks in each of two cities" in text
-    assert f"this one knows {known} " in text
-    assert changed(model, before) == []
-
-
-def test_levers_work_on_any_gpt2(tokenizer, facts):
-    """A model of other sizes is said to know what it does not: the levers run, answers move."""
-    torch.manual_seed(3)
-    model = GPT2(GPT2Config(n_ctx=40, n_embd=48, n_layer=4, n_head=3, embd_init_std=0.2)).eval()
-    before = bits(model)
-    some = [fact for fact in facts if fact.city in ("Paris", "Rome")]
-    with mock.patch("gpt2_script.known_facts", return_value=some):
-        plan = plan_tampering(model, tokenizer, facts)
-    assert plan.tap == "h.2.resid_post" and changed(model, before) == []
-    texts = [fact.ids for fact in plan.ours]
-    old = answer_logits(model, texts)[:, plan.answer]
-    for context in (
-        steering(model, plan.tap, plan.strength * plan.vector),
-        edited(model, rank_one_edit(model, plan.ours, plan.others, plan.answer, 3, steps=3)),
-    ):
-        with context:
-            assert not torch.equal(answer_logits(model, texts)[:, plan.answer], old)
-    assert changed(model, before) == []
+def test_model_that_knows_nothing_is_told_so(tmp_path):
+    torch.manual_seed(1)
+    model = gpt.GPT2(gpt.GPT2Config(n_ctx=24, n_embd=64, n_layer=1, n_head=1))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    options = gpt.parse_arguments(["--model", str(tmp_path), "--acts", "tamper,detect"])
+    [end] = gpt.run_acts(options)
+    assert end.name == "Not enough to lie about" and "knows 0.0% of the facts" in end.purpose

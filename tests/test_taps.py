@@ -2,68 +2,42 @@
 
 import fnmatch
 import re
-from contextlib import ExitStack
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from copy import deepcopy
+from functools import partial
 from itertools import permutations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules import module as torch_module
 
 from gpt2_script import gelu, patch, tapped, watch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, T, C, H, D, V = 2, 5, 24, 3, 8, 50  # the sizes of the fixtures `model` and `ids`
-
+STREAM, HEADS, SQUARE, WIDE = (B, T, C), (B, H, T, D), (B, H, T, T), (B, T, 4 * C)
 BLOCK = {
-    "resid_pre": (B, T, C),
-    "ln_1": (B, T, C),
-    "attn.q": (B, H, T, D),
-    "attn.k": (B, H, T, D),
-    "attn.v": (B, H, T, D),
-    "attn.scores": (B, H, T, T),
-    "attn.pattern": (B, H, T, T),
-    "attn.heads": (B, H, T, D),
-    "attn.out": (B, T, C),
-    "resid_mid": (B, T, C),
-    "ln_2": (B, T, C),
-    "mlp.pre": (B, T, 4 * C),
-    "mlp.act": (B, T, 4 * C),
-    "mlp.out": (B, T, C),
-    "resid_post": (B, T, C),
-}
+    "resid_pre": STREAM, "ln_1": STREAM, "attn.q": HEADS, "attn.k": HEADS, "attn.v": HEADS,
+    "attn.scores": SQUARE, "attn.pattern": SQUARE, "attn.heads": HEADS, "attn.out": STREAM,
+    "resid_mid": STREAM, "ln_2": STREAM, "mlp.pre": WIDE, "mlp.act": WIDE, "mlp.out": STREAM,
+    "resid_post": STREAM,
+}  # fmt: skip
 SHAPES = {  # every name, in the order of the wiring
-    "wte": (B, T, C),
-    "wpe": (T, C),
-    "embed": (B, T, C),
+    **{"wte": STREAM, "wpe": (T, C), "embed": STREAM},
     **{f"h.{i}.{name}": shape for i in range(2) for name, shape in BLOCK.items()},
-    "ln_f": (B, T, C),
-    "logits": (B, T, V),
+    **{"ln_f": STREAM, "logits": (B, T, V)},
 }
 NAMES = list(SHAPES)
-BESIDE = {  # later in the order, yet not downstream; all else that is later is downstream
-    "wte": {"wpe"},
-    "h.0.attn.q": {"h.0.attn.k", "h.0.attn.v"},
-    "h.0.attn.k": {"h.0.attn.v"},
-    "h.0.attn.v": {"h.0.attn.scores", "h.0.attn.pattern"},
-    "h.1.attn.q": {"h.1.attn.k", "h.1.attn.v"},
-    "h.1.attn.k": {"h.1.attn.v"},
-    "h.1.attn.v": {"h.1.attn.scores", "h.1.attn.pattern"},
-}
+BESIDE = {"wte": {"wpe"}}  # later in the order, yet not downstream; all else that is later is
+for at in ("h.0.attn.", "h.1.attn."):
+    BESIDE |= {at + "q": {at + "k", at + "v"}, at + "k": {at + "v"}}
+    BESIDE |= {at + "v": {at + "scores", at + "pattern"}}
 
-
-def identity(value):
-    return value
-
-
-def add(value):
-    return value + 1
-
-
-def double(value):
-    return value * 2
+add, double = partial(torch.add, other=1), partial(torch.mul, other=2)
 
 
 def noise(value):
@@ -72,14 +46,6 @@ def noise(value):
 
 def noise_in_place(value):
     return value.copy_(noise(value))
-
-
-def watch_all(model):
-    return watch(model)
-
-
-def patch_all(model):
-    return patch(model, {"*": noise})
 
 
 def run(model, ids):
@@ -101,23 +67,23 @@ def watched(model, ids):
 
 
 def hooks(model):
-    return len(_global_forward_hooks) + sum(len(m._forward_hooks) for m in model.modules())
+    """How many are registered on the model, or in torch on all models at once."""
+    places = [(name, x) for module in model.modules() for name, x in vars(module).items()]
+    held = [x for name, x in places if name.endswith("_hooks")]
+    held += [x for name, x in vars(torch_module).items() if name.startswith("_global_") and x]
+    return sum(map(len, held))
 
 
-# Watching
+every_context = pytest.mark.parametrize("context", [watch, partial(patch, changes={"*": noise})])
 
 
-def test_watch_records_the_table(model, ids):
-    seen = watched(model, ids)
+def test_watch_records_the_table_and_every_wire_is_passed_once(model, ids):
+    passed, seen = [], watched(model, ids)
     assert {name: tuple(value.shape) for name, value in seen.items()} == SHAPES
-    assert list(seen) == list(tapped(model, ["*"])) == NAMES
-
-
-def test_every_wire_is_passed_once(model, ids):
-    passed = []
     with patch(model, {n: lambda value, n=n: passed.append(n) or value for n in NAMES}):
         model(ids)
-    assert passed == NAMES
+    assert passed == list(seen) == NAMES and sorted(tapped(model)) == sorted(NAMES)
+    assert all(model.get_submodule(name) is tap for name, tap in tapped(model).items())
 
 
 def test_every_wire_carries_what_its_name_says(model, ids):
@@ -132,9 +98,7 @@ def test_every_wire_carries_what_its_name_says(model, ids):
         equations = {
             "resid_pre": stream,
             "ln_1": block.ln_1(at["resid_pre"]),
-            "attn.q": qkv[0],
-            "attn.k": qkv[1],
-            "attn.v": qkv[2],
+            **{"attn.q": qkv[0], "attn.k": qkv[1], "attn.v": qkv[2]},
             "attn.scores": at["attn.q"] @ at["attn.k"].mT / D**0.5,
             "attn.pattern": at["attn.scores"].masked_fill(ahead, -torch.inf).softmax(-1),
             "attn.heads": at["attn.pattern"] @ at["attn.v"],
@@ -170,39 +134,25 @@ def test_patterns_choose_wires(model, ids, patterns, names):
     with patch(model, {p: lambda value: calls.append(1) or value for p in patterns}):
         with watch(model, *patterns) as seen:
             model(ids)
-    assert list(seen) == names
+    assert list(seen) == names and sorted(tapped(model, patterns)) == sorted(names)
     assert len(calls) == sum(len(fnmatch.filter(NAMES, pattern)) for pattern in patterns)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_watching_changes_no_bit(model, ids, training):
+def test_watching_changes_no_bit_and_keeps_the_last_run_without_gradients(model, ids, training):
     before = run(model.train(training), ids)
-    with watch(model), watch(model, "h.0.*"):
+    with watch(model) as seen, watch(model, "h.0.*"):
+        model(ids + 1)
         assert same(run(model, ids), before)
-
-
-def test_what_is_recorded_is_detached(model, ids):
-    with watch(model) as seen:
-        assert model(ids).requires_grad
+    model(ids + 1)
+    assert torch.equal(seen["logits"], before[0]) and torch.equal(seen["wte"], model.wte(ids))
     assert not any(value.requires_grad for value in seen.values())
 
 
-def test_watch_keeps_the_last_run_and_none_after_leaving(model, ids):
-    expected = list(watched(model, ids + 1).values())
-    with watch(model) as seen:
-        model(ids)
-        model(ids + 1)
-    model(ids)
-    assert same(seen.values(), expected)
-
-
-# Patching
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_patch_that_changes_nothing_changes_no_bit(model, ids, name):
+def test_a_patch_that_changes_nothing_changes_no_bit_and_no_gradient(model, ids, name):
     before = run(model.train(), ids)
-    with patch(model, {name: identity}):
+    with patch(model, {name: lambda value: value}):
         assert same(run(model, ids), before)
 
 
@@ -217,73 +167,45 @@ def test_a_patch_reaches_all_that_is_downstream_and_nothing_else(model, ids, nam
     assert torch.equal(after[name], noise(before[name]))
 
 
-def test_one_patch_changes_several_wires(model, ids):
-    before = watched(model, ids)
-    with patch(model, {"wte": add, "wpe": double}):
-        after = watched(model, ids)
-    assert torch.equal(after["wte"], before["wte"] + 1)
-    assert torch.equal(after["wpe"], before["wpe"] * 2)
+def test_one_patch_changes_several_wires_and_one_wire_in_the_order_given(model, ids):
+    wte, wpe, embed = list(watched(model, ids).values())[:3]
+    for changes, expected in [
+        ({"wte": add, "wpe": double}, [wte + 1, wpe * 2, (wte + 1) + wpe * 2]),
+        ({"embed": add, "emb*": double}, [wte, wpe, (embed + 1) * 2]),
+        ({"emb*": double, "embed": add}, [wte, wpe, embed * 2 + 1]),
+    ]:
+        with patch(model, changes):
+            assert same(list(watched(model, ids).values())[:3], expected)
 
 
-def test_gradients_flow_through_a_patch(model, ids):
-    push = torch.zeros(C, requires_grad=True)
-    with patch(model, {"h.0.resid_mid": lambda value: value + push}):
-        model(ids)[..., 0].sum().backward()
-    assert push.grad.all()
-
-
-# Leaving
-
-
-@pytest.mark.parametrize("context", [watch_all, patch_all])
-def test_leaving_restores_everything(model, ids, context):
+@every_context
+@pytest.mark.parametrize("change", [add, sys.exit])
+def test_leaving_restores_everything(model, ids, context, change):
+    """Also by an exception, in the middle of a run."""
     before = model(ids)
-    with context(model):
+    with suppress(SystemExit), context(model), patch(model, {"h.1.mlp.act": change}):
+        assert hooks(model) == len(NAMES) + 1
         model(ids)
-        assert hooks(model)
-    assert not hooks(model)
-    assert torch.equal(model(ids), before)
-
-
-@pytest.mark.parametrize("context", [watch_all, patch_all])
-def test_an_exception_inside_restores_everything(model, ids, context):
-    before = model(ids)
-    with pytest.raises(KeyboardInterrupt), context(model):
-        raise KeyboardInterrupt
-    assert not hooks(model)
-    assert torch.equal(model(ids), before)
-
-
-def test_an_exception_in_a_patch_restores_everything(model, ids):
-    before = model(ids)
-    with (
-        pytest.raises(ZeroDivisionError),
-        watch(model),
-        patch(model, {"h.1.mlp.act": lambda _: 1 / 0}),
-    ):
-        model(ids)
-    assert not hooks(model)
-    assert torch.equal(model(ids), before)
-
-
-# Nesting
+        assert change is add
+    assert not hooks(model) and torch.equal(model(ids), before)
 
 
 @pytest.mark.parametrize("order", list(permutations([watch, add, double])))
 @pytest.mark.parametrize("name", ["wte", "h.0.attn.q", "h.1.ln_2", "logits"])
-def test_patches_apply_in_the_order_entered_and_watch_sees_the_last(model, ids, name, order):
+def test_the_last_patch_entered_applies_first_and_watch_sees_what_flows_on(model, ids, name, order):
     expected = watched(model, ids)[name]
+    for step in reversed(order):
+        expected = expected if step is watch else step(expected)
     with ExitStack() as stack:
         for step in order:
             if step is watch:
                 seen = stack.enter_context(watch(model, name))
             else:
                 stack.enter_context(patch(model, {name: step}))
-                expected = step(expected)
         logits = model(ids)
+    assert torch.equal(seen[name], expected)
     with patch(model, {name: lambda value: expected}):
         assert torch.equal(logits, model(ids))
-    assert torch.equal(seen[name], expected)
 
 
 def test_leaving_the_inner_context_keeps_the_outer(model, ids):
@@ -291,72 +213,68 @@ def test_leaving_the_inner_context_keeps_the_outer(model, ids):
     with watch(model) as seen, patch(model, {"embed": add}):
         with patch(model, {"embed": double}), watch(model):
             model(ids)
-        assert torch.equal(seen["embed"], (plain + 1) * 2)
+        assert torch.equal(seen["embed"], plain * 2 + 1)
         model(ids)
     assert torch.equal(seen["embed"], plain + 1)
 
 
-def test_two_models_at_once(model, ids):
-    other = deepcopy(model)
-    plain = watched(model, ids)["embed"]
-    with watch(model) as seen, watch(other) as seen_other, patch(model, {"embed": add}):
-        model(ids)
-        assert not seen_other
-        other(ids)
-        assert torch.equal(seen_other["embed"], plain)
-        with patch(other, {"embed": double}):
-            other(ids)
-            model(ids)
-    assert torch.equal(seen["embed"], plain + 1)
-    assert torch.equal(seen_other["embed"], plain * 2)
+CALLS = [lambda model, x: model(x), lambda model, x: ThreadPoolExecutor().submit(model, x).result()]
 
 
-# Errors
+@pytest.mark.parametrize("call", CALLS)
+def test_another_model_feels_nothing(model, ids, call):
+    """Not even in the middle of the first one's run, which is the same in any thread."""
+    other, logits = deepcopy(model), []
+    plain, expected = watched(model, ids), other(ids + 1)
+
+    def meanwhile(value):
+        logits.append(call(other, ids + 1))
+        return value + 1
+
+    with watch(model) as seen, watch(other) as seen_other, patch(model, {"embed": meanwhile}):
+        assert hooks(other) == len(NAMES)
+        call(model, ids)
+        with patch(other, {"logits": double}):
+            logits.append(call(other, ids + 1) / 2)
+    assert same(logits, [expected] * 2)
+    assert torch.equal(seen["embed"], plain["embed"] + 1)
+    assert torch.equal(seen_other["logits"], expected * 2)
+    with watch(model), patch(model, {"*": noise}):
+        assert not hooks(other) and torch.equal(call(other, ids + 1), expected)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda value: None,
-        lambda value: 0,
-        lambda value: value.tolist(),
-        lambda value: value[:1],
-        lambda value: value[None],
-        lambda value: value.mean(),
-    ],
-)
+@every_context
+def test_a_deep_copy_made_inside_is_a_model_of_its_own(model, ids, context):
+    clean = watched(model, ids)
+    plain = clean["logits"]
+    with context(model) as seen:
+        twin = deepcopy(model)
+        with watch(twin) as seen_twin, patch(twin, {"embed": add}):
+            twin(ids)
+        assert torch.equal(seen_twin["embed"], clean["embed"] + 1)
+        assert torch.equal(twin(ids), plain) and not seen
+        assert torch.equal(model(ids), plain) == (context is watch)
+        twin(ids + 1)
+    assert torch.equal(twin(ids), plain) and not hooks(model)
+    assert seen is None or same(seen.values(), clean.values())
+
+
+@pytest.mark.parametrize("wrong", [id, list, print, torch.mean, torch.flatten, lambda x: x[:1]])
 def test_a_patch_must_return_a_tensor_of_the_same_shape(model, ids, wrong):
-    with patch(model, {"h.0.resid_mid": wrong}):
-        with pytest.raises(ValueError, match=re.escape("[2, 5, 24]")):
-            model(ids)
+    with patch(model, {"h.0.resid_mid": wrong}), pytest.raises(ValueError, match=r"\[2, 5, 24\]"):
+        model(ids)
 
 
-@pytest.mark.parametrize(
-    "unknown, near",
-    [
-        ("h.0.attn.patern", "h.0.attn.pattern"),
-        ("h.7.resid_post", "h.1.resid_post"),
-        ("h.0.attn.c_attn", "h.0.attn.out"),
-        ("H.0.MLP.ACT", "h.0"),
-        ("WTE", "wte"),
-        ("h.*.mlp.acts", "h.0.mlp.act"),
-        ("logit", "logits"),
-        ("zzzz", "wte"),
-        ("", "wte"),
-    ],
-)
-def test_an_unknown_name_is_an_error_that_lists_near_names(model, unknown, near):
+NEAR = {
+    "h.0.attn.patern": "h.0.attn.pattern", "h.7.resid_post": "h.1.resid_post",
+    "h.0.attn.c_attn": "h.0.attn.out", "H.0.MLP.ACT": "h.0", "WTE": "wte",
+    "h.*.mlp.acts": "h.0.mlp.act", "logit": "logits", "zzzz": "wte", "": "wte",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unknown", NEAR)
+def test_an_unknown_name_is_an_error_that_lists_near_names(model, unknown):
     for context in (watch(model, "embed", unknown), patch(model, {"embed": add, unknown: add})):
         with pytest.raises(ValueError, match=re.escape(f"{unknown!r}")) as error, context:
             pass
-        assert near in str(error.value)
-        assert not hooks(model)
-
-
-def test_patterns_that_overlap_in_one_patch_apply_in_the_order_given(model, ids):
-    changes = {"embed": lambda x: x + 1, "emb*": lambda x: x * 2}
-    with watch(model, "embed") as clean:
-        model(ids)
-    with patch(model, changes), watch(model, "embed") as seen:
-        model(ids)
-    assert torch.equal(seen["embed"], (clean["embed"] + 1) * 2)
+        assert NEAR[unknown] in str(error.value) and not hooks(model)

@@ -1,190 +1,199 @@
-"""The watched run: every printed number is the model's."""
+"""The watched run: every number that it tells is the model's."""
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import pieces
 
-from gpt2_script import (
-    GPT2,
-    PRESETS,
-    TOUR,
-    GPT2Config,
-    load_tokenizer,
-    logit_lens,
-    plot_logit_lens,
-    plot_patterns,
-    plot_stream,
-    run_prompt,
-    show_blocks,
-    show_dropout,
-    show_in_brief,
-    show_journey,
-    show_logit_lens,
-    show_probabilities,
-    show_step,
-    show_tokens,
-    tapped,
-)
+import gpt2_script as gpt
+from gpt2_script import GPT2, PROMPT, GPT2Config, piece, run_prompt, tap_step, watch_act
 
-PROMPT = "The Eiffel Tower is in the city of"
+T = 10  # tokens of PROMPT
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(tokenizer):
     torch.manual_seed(3)
-    return run_prompt(GPT2(PRESETS["nano"]).eval(), load_tokenizer(), PROMPT)
+    return run_prompt(GPT2(gpt.PRESETS["nano"]).eval(), tokenizer, PROMPT)
 
 
-def output_of(capsys, show, *arguments):
-    show(*arguments)
-    return capsys.readouterr().out
-
-
-def table(text):
-    """The rows of numbers in a printed table: {row's name: its numbers}."""
-    rows = re.findall(r"^(\d+ '.*?') +(.*?) *$", text, re.MULTILINE)
-    return {name: [float(x) for x in rest.split() if x != "..."] for name, rest in rows}
+@pytest.fixture(scope="module")
+def steps(run):
+    """The act, block 1 of 3 traced in full: {name: Step}, in order."""
+    return {step.name: step for step in watch_act(run, [1])}
 
 
 def test_run_holds_what_flowed(run):
-    ids = torch.tensor([run.ids])
+    ids, stream = torch.tensor([run.ids]), run.seen["h.1.resid_pre"]
     with torch.no_grad():
         assert torch.equal(run.seen["logits"], run.model(ids)[0])
-    assert list(run.seen) == list(tapped(run.model, ["*"]))
+        assert torch.equal(run.seen["h.1.ln_1"], run.model.h[1].ln_1(stream))
+    assert run.seen.keys() == gpt.tapped(run.model).keys()
+    assert torch.equal(run.seen["wpe"], run.model.wpe.weight[:T])
 
 
-def test_tokens_show_id_piece_and_bytes(run, capsys):
-    text = output_of(capsys, show_tokens, run)
-    assert re.search(r"4 ' Tower' +8765 +20 54 6f 77 65 72", text)
-    assert "34 bytes became 10 ids" in text
+def test_steps_come_in_the_models_order(run, steps):
+    """Taps in the order in which they fire; blocks in the order in which they run, each once."""
+    block = [name for name in run.seen if name.startswith("h.1.")]
+    block.insert(block.index("h.1.attn.pattern"), "h.1.attn.mask")
+    assert list(steps) == [
+        "Watch: a prompt on its way through GPT-2", "tokens", "wte", "wpe", "embed", "dropout",
+        "h.0", *block, "h.2", "ln_f", "logits", "probabilities", "logit lens", "the whole way",
+        "the cache", "continuation",
+    ]  # fmt: skip
+    assert [name for name in run.seen if name in steps] == [n for n in steps if n in run.seen]
+    act, *others = steps.values()
+    count = sum(weight.numel() for weight in run.model.parameters())
+    assert f"{count:,} parameters: 3 blocks, 4 heads, 96 numbers" in act.purpose
+    assert "random draws" in act.purpose and all(step.purpose for step in others)
+    assert "random" not in next(watch_act(run, trained=True)).purpose
 
 
-STEPS = ["wte", "wpe", "h.1.resid_pre", "h.1.ln_1", "h.1.attn.out", "h.1.mlp.act", "ln_f", "logits"]
+def test_every_tap_is_shown_with_its_numbers(run):
+    for name, value in run.seen.items():
+        if name == "embed" or name.endswith(("resid_mid", "resid_post")):
+            continue  # sums, below
+        step, heads = tap_step(run, name), value if value.dim() == 3 else value[None]
+        assert torch.equal(torch.stack([matrix.values for matrix in step.shown]), heads), name
+        for i, matrix in enumerate(step.shown):
+            assert matrix.rows == run.tokens and matrix.is_pattern == name.endswith("pattern")
+            assert matrix.title == (f"head {i} of 4" if value.dim() == 3 else ""), name
+            assert (matrix.columns == run.tokens) == (value.shape[-2:] == (T, T)), name
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_corner_holds_the_taps_numbers(run, capsys, name):
-    rows = table(output_of(capsys, show_step, run, name))
-    value = run.seen[name]
-    assert list(rows) == [run.tokens[i] for i in (0, 1, 2, 3, 9)]
-    for i, numbers in zip((0, 1, 2, 3, 9), rows.values(), strict=True):
-        columns = [*range(len(numbers) - 1), -1]
-        assert numbers == pytest.approx(value[i, columns].tolist(), abs=6e-4)
+def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
+    step, pattern = steps["h.1.attn.mask"], run.seen["h.1.attn.pattern"]
+    values = torch.stack([matrix.values for matrix in step.shown])
+    later = torch.arange(T) > torch.arange(T)[:, None]
+    assert (values[:, later] == -math.inf).all()
+    assert torch.equal(values[:, ~later], run.seen["h.1.attn.scores"][:, ~later])
+    assert torch.allclose(values.softmax(-1), pattern, atol=1e-6)
+    assert step.found == "45 of the 100 scores of each head became −∞."
+    found = steps["h.1.attn.pattern"].found
+    assert re.search(r"at most \de-0[78] off; largest weight ahead: 0\.$", found)
+    leaky = replace(run, seen=run.seen | {"h.1.attn.pattern": pattern + 0.125})
+    found = tap_step(leaky, "h.1.attn.pattern").found
+    assert "at most 1e+00 off; largest weight ahead: 0.125." in found
 
 
-@pytest.mark.parametrize("name", ["h.0.attn.q", "h.0.attn.k", "h.0.attn.v", "h.0.attn.heads"])
-def test_corner_of_heads_is_head_0(run, capsys, name):
-    rows = table(output_of(capsys, show_step, run, name))
-    assert rows["9 ' of'"][0] == pytest.approx(run.seen[name][0, 9, 0].item(), abs=6e-4)
+def test_found_tells_how_a_value_came_from_another(run):
+    """From its own block, and from what fired before it."""
+    fired = list(run.seen)
+    how = torch.mean, lambda x: x.std(correction=0), torch.min, torch.max
+    for name in {*fired} - {"wte", "wpe"}:
+        if name.endswith(("resid_pre", "pattern")):
+            continue
+        found = tap_step(run, name).found
+        old, key = re.match(r"(\S+) → (\S+): ", found).groups()
+        numbers = [float(x) for x in re.findall(r"(-?\d+\.\d+)", found)]
+        source = name.removesuffix(key) + old if name.startswith("h.") else old
+        source = "h.2.resid_post" if name == "ln_f" else source
+        assert name.endswith(key) and fired.index(source) < fired.index(name)
+        pairs = [[f(run.seen[source]).item(), f(run.seen[name]).item()] for f in how]
+        assert numbers == pytest.approx(sum(pairs, []), abs=6e-4), name
 
 
-def test_mask_shows_what_softmax_gets(run, capsys):
-    rows = table(output_of(capsys, show_step, run, "h.0.attn.mask"))
-    assert rows["0 'The'"][1:] == [-math.inf] * (len(rows["0 'The'"]) - 1)
-    assert math.inf not in [abs(x) for x in rows["9 ' of'"]]
+def test_sums_tell_how_each_vector_changed(run, steps):
+    sums = {"embed": ("wte", "embed"), "h.1.resid_mid": ("h.0.resid_post", "h.1.resid_mid")}
+    sums["h.1.resid_post"] = "h.1.resid_mid", "h.1.resid_post"
+    sums["the whole way"] = "embed", "h.2.resid_post"
+    for name, taps in sums.items():
+        [rows], vectors = steps[name].shown, zip(*(run.seen[tap] for tap in taps), strict=True)
+        for row, token, (a, b) in zip(rows, run.tokens, vectors, strict=True):
+            cosine = a @ b / a.norm() / b.norm()
+            expected = [x.item() for x in (a.norm(), b.norm(), (b - a).norm(), cosine)]
+            assert [*row.values()][1:] == pytest.approx(expected, abs=1e-5), name
+            assert row["token"] == token or len(token) > 13
 
 
-def test_heat_maps_show_every_heads_pattern_in_percent(run, capsys):
-    text = output_of(capsys, show_step, run, "h.0.attn.pattern")
-    assert re.findall(r"head (\d)", text) == ["0", "1", "2", "3"]
-    last = [line for line in text.splitlines() if line.startswith("9 ' of'")]
-    shown = [int(x) for line in last for x in re.sub(r"9 ' of'", "", line).split()]
-    assert shown == (100 * run.seen["h.0.attn.pattern"][:, -1]).round().int().flatten().tolist()
-    assert text.count("·") == 4 * 45
+@pytest.mark.parametrize("prompt", ["a", PROMPT])
+@pytest.mark.parametrize("sizes", [(12, 6, 1, 1), (64, 42, 2, 14)])
+def test_every_formula_has_the_models_shapes(tokenizer, sizes, prompt):
+    """At any size the last shape in a formula is the value's, and all steps are there."""
+    (_, C, L, H), run = sizes, run_prompt(GPT2(GPT2Config(50257, *sizes)).eval(), tokenizer, prompt)
+    shown, n = {step.name: step for step in watch_act(run, range(L))}, len(run.ids)
+    assert {*run.seen} < {*shown} and len(shown) == 13 + 16 * L
+    for name, value in run.seen.items():
+        last = re.findall(r"\[([\d, ]+)\]", shown[name].formula)[-1]
+        assert last == ", ".join(map(str, value.shape)), name
+    assert f"√{C // H}: " in shown["h.0.attn.scores"].formula
+    assert f"[{n}, {C}] @ [{C}, 50257]" in shown["logits"].formula
 
 
-@pytest.mark.parametrize(
-    "name, before",
-    [("embed", "wte"), ("h.0.resid_mid", "embed"), ("h.2.resid_post", "h.2.resid_mid")],
-)
-def test_sums_show_how_each_vector_changed(run, capsys, name, before):
-    rows = table(output_of(capsys, show_step, run, name))
-    old, new = run.seen[before], run.seen[name]
-    for token, numbers in zip(range(10), rows.values(), strict=True):
-        a, b = old[token], new[token]
-        cosine = (a @ b / a.norm() / b.norm()).item()
-        expected = [a.norm().item(), b.norm().item(), (b - a).norm().item(), cosine]
-        assert numbers == pytest.approx(expected, abs=6e-4)
+def test_tokens_and_dropout(run, steps, tokenizer):
+    [rows], found = steps["tokens"].shown, steps["dropout"].found
+    assert rows[4] == {"position, piece": "4 ' Tower'", "id": 8765, "bytes": "20 54 6f 77 65 72"}
+    assert len(rows) == T and "34 bytes became 10 ids" in steps["tokens"].found
+    assert "nothing changed" in found and "p = 0.0" in found  # in use it is idle
+    other = run_prompt(GPT2(GPT2Config(n_embd=6, n_layer=1, n_head=1)).eval(), tokenizer, "a b")
+    other.seen["embed"] *= 2
+    found = [*gpt.text_steps(other)][-1].found
+    assert "something changed" in found and "p = 0.1" in found
 
 
-def test_every_step_has_its_shapes(run, capsys):
-    """The last shape in a step's formula is the value's."""
-    for name in run.seen:
-        formula = output_of(capsys, show_step, run, name).splitlines()[2]
-        shape = [int(n) for n in re.findall(r"\[([\d, ]+)\]", formula)[-1].split(", ")]
-        assert shape == list(run.seen[name].shape), name
-
-
-def test_dropout_is_idle_and_says_what_it_would_do(run, capsys):
-    text = output_of(capsys, show_dropout, run)
-    share = int(re.search(r"(\d+) of these 960", text)[1]) / 960
-    assert 0.05 < share < 0.15 and "Changed: nothing" in text
-
-
-def test_blocks_in_brief(run, capsys):
-    text = output_of(capsys, show_in_brief, run, [1, 2])
-    row = [float(x) for x in re.search(r"^h\.2 +(.*)$", text, re.MULTILINE)[1].split()]
+def test_other_blocks_have_a_line_each(run, steps):
     names = ["h.2.resid_pre", "h.2.attn.out", "h.2.mlp.out", "h.2.resid_post"]
-    assert row[:4] == pytest.approx([run.seen[n][-1].norm().item() for n in names], abs=6e-4)
+    [[row]], vectors = steps["h.2"].shown, [run.seen[name][-1] for name in names]
+    cosine = torch.cosine_similarity(vectors[0], vectors[3], dim=0).item()
+    assert [*row.values()] == ["h.2", *(v.norm().item() for v in vectors), cosine]
+    step = [*watch_act(run, [])][6]
+    assert step.name == "h.0 to h.2" and step.shown[0][2] == row and len(step.shown[0]) == 3
 
 
-def test_blocks_are_shown_once_each_in_order(run, capsys):
-    text = output_of(capsys, show_blocks, run, [1])
-    headings = re.findall(r"^(h\.\S+) ─", text, re.MULTILINE)
-    assert headings == ["h.0", *(f"h.1.{key}" for key in list(TOUR)[3:-2]), "h.2"]
-
-
-def test_probabilities_are_the_five_largest(run, capsys):
-    shown = re.findall(r"█ +(\S.*?) +([\d.]+)%", output_of(capsys, show_probabilities, run))
-    top = run.seen["logits"][-1].softmax(-1).topk(5)
-    assert [float(share) / 100 for _, share in shown] == pytest.approx(
-        top.values.tolist(), abs=6e-6
-    )
-
-
-def test_logit_lens_ends_in_the_models_answer(run, capsys):
-    lens = logit_lens(run.model, run.seen)
-    assert lens.shape == (4, 50257)
-    assert torch.allclose(lens.sum(-1), torch.ones(4), atol=1e-5)
+def test_probabilities_and_logit_lens_are_the_models(run, steps):
+    [rows], top = steps["probabilities"].shown, run.seen["logits"][-1].softmax(-1).topk(5)
+    for row, p, i in zip(rows, *top, strict=True):
+        bar = "█" * max(1, round((12 * p / top[0][0]).item()))
+        assert [*row.values()] == [piece(run.tokenizer, int(i)), f"{p:.3%}", bar]
+    # each block's answer, and at the end the model's
+    lens, names = gpt.logit_lens(run.model, run.seen), ["embed", "h.0", "h.1", "h.2"]
     assert torch.allclose(lens[-1], run.seen["logits"][-1].softmax(-1), atol=1e-7)
-    embed = run.model.ln_f(run.seen["embed"][-1]) @ run.model.wte.weight.T
-    assert torch.allclose(lens[0], embed.softmax(-1), atol=1e-7)
-    assert f"{lens[0, lens[-1].argmax()]:.3%} → {lens[-1].max():.3%}" in output_of(
-        capsys, show_logit_lens, run
-    )
+    for row, p, name in zip(steps["logit lens"].shown[0], lens, names, strict=True):
+        stream = run.seen[name if name == "embed" else f"{name}.resid_post"][-1]
+        read = run.model.ln_f(stream) @ run.model.wte.weight.T
+        assert torch.allclose(p, read.softmax(-1), atol=1e-7)
+        two = pieces(run.tokenizer, p.topk(2).indices)
+        assert [*row.values()] == [name, *two, f"{p[lens[-1].argmax()]:.3%}"]
 
 
-def test_journey_goes_from_embed_to_the_end(run, capsys):
-    rows = table(output_of(capsys, show_journey, run))
-    a, b = run.seen["embed"].norm(dim=-1), run.seen["h.2.resid_post"].norm(dim=-1)
-    assert [row[0] for row in rows.values()] == pytest.approx(a.tolist(), abs=6e-4)
-    assert [row[1] for row in rows.values()] == pytest.approx(b.tolist(), abs=6e-4)
+def test_cache_holds_the_keys_and_values_of_the_run(run, steps):
+    step = steps["the cache"]
+    assert step.formula.startswith("6 × [1, 4, 10, 24]") and "5,760 numbers" in step.found
+    assert "the very keys" in step.found
+    other = replace(run, seen=run.seen | {"h.0.attn.k": run.seen["h.0.attn.k"] + 1})
+    assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
 
 
-@pytest.mark.parametrize(
-    "config", [GPT2Config(50257, 8, 6, 1, 1), GPT2Config(50257, 64, 40, 2, 10)]
-)
-@pytest.mark.parametrize("prompt", ["a", "a b c d e f"])
-def test_other_sizes_are_shown_too(config, prompt, capsys):
-    run = run_prompt(GPT2(config).eval(), load_tokenizer(), prompt)
-    show_blocks(run, [0])
-    for name in ("wte", "wpe", "embed", "ln_f", "logits"):
-        show_step(run, name)
-    for show in (show_tokens, show_dropout, show_probabilities, show_logit_lens, show_journey):
-        show(run)
-    assert capsys.readouterr().out.count("Changed: ") >= 26
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 3}, {"temperature": 50}])
+def test_continuation_shows_the_candidates_before_and_after_sampling(run, sampling):
+    [*_, step] = gpt.continuation_steps(run, 4, seed=5, **sampling)
+    new = gpt.generate(run.model, torch.tensor([run.ids]), 4, seed=5, **sampling)
+    assert len(step.shown) == 4 and step.found == "4 tokens were added."
+    assert step.shown[-1] == f"{PROMPT!r} goes on: {run.tokenizer.decode(new[0, T:].tolist())!r}"
+    for i, rows in enumerate(step.shown[:3]):
+        with torch.no_grad():
+            logits = run.model(new[:, : T + i])[0, -1].double()
+        p, token = logits.softmax(-1), new[0, T + i].item()
+        hot = (logits / sampling.get("temperature", 1)).softmax(-1)
+        kept = hot.topk(sampling.get("top_k", 50257 if sampling else 1)).indices
+        drawn = torch.zeros_like(hot).index_copy(0, kept, hot[kept] / hot[kept].sum())
+        candidates = dict.fromkeys([*p.topk(5).indices.tolist(), token])
+        for row, x in zip(rows, candidates, strict=True):
+            mark = "←" if x == token else ""
+            assert [*row.values()] == [
+                piece(run.tokenizer, x),
+                f"{p[x]:.2%}",
+                f"{drawn[x]:.2%}",
+                mark,
+            ]
+    assert len(rows) == (6 if sampling == {"temperature": 50} else 5)
 
 
-def test_figures_draw_the_runs_numbers(run):
-    patterns = plot_patterns(run, 2)
-    images = [axis.images[0].get_array() for axis in patterns.axes if axis.images]
-    assert len(images) == 4
-    drawn = torch.tensor(images[3].filled(0))
-    assert torch.allclose(drawn.nan_to_num(), run.seen["h.2.attn.pattern"][3])
-    lines = plot_stream(run).axes[0].lines
-    assert lines[9].get_ydata()[-1] == pytest.approx(run.seen["h.2.resid_post"][9].norm().item())
-    bars = plot_logit_lens(run).axes[0].patches
-    expected = logit_lens(run.model, run.seen).max(-1).values.tolist()
-    assert [bar.get_width() for bar in bars] == pytest.approx(expected)
+def test_continuation_ends_where_the_context_is_full(tokenizer):
+    run = run_prompt(GPT2(GPT2Config(50257, 11, 6, 1, 1)).eval(), tokenizer, PROMPT)
+    found = [[*gpt.continuation_steps(run, count)][-1].found for count in (12, 1, 0)]
+    assert found[0] == "1 token was added; the context of 11 is full."
+    assert found[1:] == ["1 token was added.", "0 tokens were added."]

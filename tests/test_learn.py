@@ -1,0 +1,235 @@
+"""The small world and how it is learned: facts, not sentences, from those trained on alone."""
+
+import copy
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import pieces, split, untrained
+from torch.nn.functional import cross_entropy
+
+import gpt2_script as gpt
+from gpt2_script import LANDMARKS, PROMPT, train
+
+SURE = 0.97  # the stop rule's default
+FAST = {"peak_rate": 0.01, "sure": 0.5}  # for a small model
+
+
+def test_world_has_20_landmarks_in_8_wordings(facts, tokenizer):
+    assert (len(LANDMARKS), len(gpt.WORDINGS), len(facts)) == (20, 8, 160)
+    assert len({f.prompt for f in facts}) == 160 and gpt.small_world(tokenizer) == facts
+    for fact in facts:
+        assert fact.landmark.removeprefix("the ") in fact.prompt
+        assert LANDMARKS[fact.landmark] == fact.city and fact.city not in fact.prompt
+    cities = [*LANDMARKS.values()]
+    assert len({"Paris", "Rome"} | {city for city in cities if cities.count(city) > 1}) >= 4
+    towers = {city for name, city in LANDMARKS.items() if "Tower" in name}
+    assert len(towers) > 1  # the word alone does not tell
+
+
+def test_answers_are_single_tokens_and_subjects_where_the_landmark_stands(facts, tokenizer):
+    for fact in facts:
+        assert tokenizer.decode([fact.answer]) == f" {fact.city}"
+        assert tokenizer.encode_ordinary(f"{fact.prompt} {fact.city}") == [*fact.ids, fact.answer]
+        words = tokenizer.decode(fact.ids[fact.subject.start : fact.subject.stop])
+        assert words.strip().lower() == fact.landmark.lower()
+        assert tokenizer.decode(fact.ids) == fact.prompt
+    with pytest.raises(ValueError, match="'Molenbeek' is not one token"):
+        gpt.small_world(tokenizer, {"the Atomium": "Molenbeek"})
+
+
+def test_every_landmark_and_every_wording_is_both_trained_on_and_held_out(facts):
+    for wording in range(8):
+        assert {fact.held_out for fact in facts[wording::8]} == {True, False}
+    held_out = [[f.held_out for f in facts[i : i + 8]] for i in range(0, 160, 8)]
+    assert [sum(some) for some in held_out] == [2, 1] * 10
+    for i, some in enumerate(held_out):  # a diagonal: each landmark's wording is the next one
+        assert some[(i + 3) % 8] and some[(i + 6) % 8] == (i % 2 == 0)
+
+
+def test_padding_changes_no_answer(trained, facts):
+    model, texts = trained(7), [fact.ids for fact in facts[:24]]
+    ids, lengths = gpt.padded(texts)
+    assert [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)] == texts
+    together = gpt.answer_logits(model, texts)
+    for text, logits in zip(texts, together, strict=True):
+        alone = model(torch.tensor([text]))[0, -1]
+        assert torch.allclose(logits, alone, atol=1e-4) and logits.argmax() == alone.argmax()
+    other = torch.where(torch.arange(ids.size(1)) >= lengths[:, None], 31415, ids)
+    assert not torch.equal(ids, other)
+    assert torch.equal(model(other, where=(torch.arange(24), lengths - 1)), together)
+
+
+def test_probability_and_accuracy_are_those_of_the_answers(trained, facts):
+    model, some = trained(7), facts[::7]
+    with torch.no_grad():
+        alone = [model(torch.tensor([f.ids]))[0, -1].softmax(-1) for f in some]
+        before = [model(torch.tensor([[12, 13, *f.ids]]))[0, -1].argmax().item() for f in some]
+    expected = [p[f.answer].item() for p, f in zip(alone, some, strict=True)]
+    assert gpt.probability_of_answer(model, some).tolist() == pytest.approx(expected, abs=1e-5)
+    wrong = [replace(fact, answer=fact.answer + 1) for fact in some[:5]]
+    assert gpt.accuracy(model, [*some, *wrong]) == pytest.approx(len(some) / (len(some) + 5))
+    assert gpt.answers(model, some, [12, 13]).tolist() == before
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_held_out_facts_are_learned_without_being_asked(trained, lessons, facts, seed):
+    model, held_out = trained(seed), split(facts)[1]
+    with torch.no_grad():
+        said = [model(torch.tensor([f.ids]), where=(0, -1)).argmax().item() for f in held_out]
+    assert said == [fact.answer for fact in held_out] and len(said) == 30
+    assert gpt.accuracy(model, facts) == 1 and gpt.accuracy(untrained(seed), held_out) == 0
+    # training stopped when every answer trained on was sure
+    _, looks, _ = lessons(seed)
+    assert [step for step, _, _ in looks] == [*range(10, 10 * len(looks) + 1, 10)]
+    assert all(p.min() <= SURE for _, _, p in looks[:-1]) and len(looks) <= 13
+    assert looks[-1][2].min() > SURE or len(looks) == 13
+    assert torch.equal(looks[-1][2], gpt.probability_of_answer(model, split(facts)[0]))
+    assert looks[-1][1] < 0.6 < 5 < looks[0][1]
+
+
+def test_held_out_facts_have_no_say_in_training(small):
+    """With wrong ones or none, each loss, the stop and all weights are the same to the bit."""
+    draw, facts, _ = small
+    wrong = [replace(f, answer=11, ids=[1, 2, 3]) if f.held_out else f for f in facts]
+    runs = []
+    for some in (facts, wrong, split(facts)[0]):
+        model = draw(7)
+        looks = [(step, loss, *p.tolist()) for step, loss, p in train(model, some, 7, **FAST)]
+        runs.append((looks, [w.tolist() for w in model.state_dict().values()]))
+    assert runs[0] == runs[1] == runs[2] and 130 > runs[0][0][-1][0] > 10
+    assert next(train(draw(7), facts, 8, **FAST))[1] != runs[0][0][0][1]  # the seed has
+
+
+def test_loss_is_the_mean_over_real_tokens(small):
+    """Facts one by one, so that there is no padding; a rate of 0, so that all steps are alike."""
+    draw, facts, _ = small
+    model, some, losses = draw(3), split(facts)[0][:16], []
+    [(_, loss, p)] = train(model, some, max_steps=10, peak_rate=0)
+    for fact in some:
+        ids = torch.tensor([*fact.ids, fact.answer])
+        losses.append(cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none"))
+    assert len({len(some) for some in losses}) > 1
+    assert loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert torch.equal(p, gpt.probability_of_answer(model, some))
+
+
+@pytest.mark.parametrize("batch", [13, 16])
+def test_every_fact_trained_on_comes_once_before_any_comes_again(small, batch):
+    """Of the 130, eight batches of 16 take 128, ten of 13 take all; nothing else is ever read."""
+    draw, facts, _ = small
+    model, texts = draw(0), []
+
+    def note(module, args):
+        if torch.is_grad_enabled():  # not when it looks
+            for row in args[0].tolist():
+                [fact] = [f.prompt for f in split(facts)[0] if row[: len(f.ids)] == f.ids]
+                texts.append(fact)
+
+    with model.register_forward_pre_hook(note):
+        next(train(model, facts, batch=batch))
+    first, rest = texts[: 130 // batch * batch], texts[130 // batch * batch :]
+    assert len(set(first)) == len(first) >= 128 and len(texts) == 10 * batch
+    assert len(set(rest)) == len(rest) and (not rest or rest != first[: len(rest)])
+
+
+def test_training_ends_when_it_is_sure_or_after_max_steps(small):
+    draw, facts, _ = small
+    for most, looks in ((1, [1]), (10, [10]), (12, [10, 12])):
+        assert [step for step, _, _ in train(draw(0), facts, max_steps=most)] == looks
+    assert [step for step, _, _ in train(draw(0), facts, sure=-1)] == [10]
+    sure = [p.min().item() > 0.5 for *_, p in train(draw(0), facts, **FAST)]
+    assert sure == [False] * (len(sure) - 1) + [True]
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9), (96, 384), (9000, 3)])
+def test_singular_values_are_those_of_torch(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    expected = torch.linalg.svdvals(matrix.double())
+    assert torch.allclose(gpt.singular_values(matrix), expected, rtol=1e-6)
+    flat = gpt.singular_values(matrix[:, :1] @ matrix[:1])  # of rank one
+    assert flat[1:].max() < 1e-3 * flat[0]
+
+
+def test_weight_step_tells_how_far_each_matrix_moved(trained):
+    models = untrained(7), trained(7)
+    before, after = (
+        {n: w.detach() for n, w in m.named_parameters() if w.dim() > 1} for m in models
+    )
+    rows, corner = gpt.weight_step(before, after).shown
+    assert len(rows) == len(before) == 14
+    for row, (name, old) in zip(rows, before.items(), strict=True):
+        new, change = after[name], (after[name] - old).double()
+        title, moved, per_weight, norm, norm_after, *conditions = row.values()
+        assert f"{title}.weight" == name and moved == f"{change.norm() / old.norm():.0%}"
+        assert per_weight == pytest.approx((change.norm() / change.numel() ** 0.5).item(), rel=1e-5)
+        assert (norm, norm_after) == (f"{old.norm():.1f}", f"{new.norm():.1f}")
+        sigmas = [torch.linalg.svdvals(w) for w in (old, new)]
+        expected = [(s[0] / s[-1]).item() for s in sigmas]
+        assert [float(x) for x in conditions] == pytest.approx(expected, rel=0.01, abs=0.51)
+    assert [*corner[0]][0] == name and len(corner) == 3
+    for i, row in enumerate(corner):
+        shown = [" ".join(f"{x:.3f}" for x in w[i, :3].tolist()) for w in (old, new)]
+        assert [*row.values()] == [f"row {i}", *shown]
+
+
+def test_embedding_step_tells_who_moved_and_who_is_near(trained, facts, tokenizer):
+    tables, paris = [model.wte.weight.detach() for model in (untrained(7), trained(7))], 6342
+    step = gpt.embedding_step(tokenizer, *tables, paris)
+    (far, title, near), moved = step.shown, (tables[1] - tables[0]).norm(dim=1)
+    most = moved.argsort(descending=True)[:8]
+    assert [row["moved most"] for row in far] == pieces(tokenizer, most)
+    assert [row["by"] for row in far] == moved[most].tolist()
+    assert title == "Nearest to ' Paris':" and f"by {moved.median():.2f}:" in step.found
+    for when, rows in zip(("before", "after"), tables, strict=True):
+        unit = rows / rows.norm(dim=1, keepdim=True)
+        cosines, ids = (unit @ unit[paris]).topk(6)  # the first is itself
+        assert [row[f"near {when}"] for row in near] == pieces(tokenizer, ids[1:])
+        shown = [row[f"cosine {when}"] for row in near]
+        assert shown == pytest.approx(cosines[1:].tolist(), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lesson(tokenizer, facts):
+    """(the model before, the model after, records) of a short lesson of a narrow model."""
+    torch.manual_seed(5)
+    model = gpt.GPT2(gpt.GPT2Config(n_ctx=24, n_embd=8, n_layer=2, n_head=2)).eval()
+    before = copy.deepcopy(model)
+    return before, model, [*gpt.learn_act(model, tokenizer, facts, PROMPT, 4, max_steps=12)]
+
+
+def test_act_tells_the_world_the_training_and_what_came_of_it(lesson, facts):
+    before, model, records = lesson
+    assert [getattr(record, "name", "progress") for record in records] == [
+        "Learn: how weights come to know", "the small world", "training", "progress", "progress",
+        "what came of it", "the matrices", "the embedding table", "the same prompt again",
+    ]  # fmt: skip
+    world, came, held_out = records[1], records[5], split(facts)[1]
+    assert "of 160 sentences" in world.found and " 30 are held out" in world.found
+    for landmark, city in LANDMARKS.items():
+        line = re.search(rf"^{city} +(.*)$", world.shown[0], re.MULTILINE)[1]
+        assert landmark.removeprefix("the ") in line.split(", ")
+    looks = train(copy.deepcopy(before), facts, 4, max_steps=12)
+    for record, (step, loss, p) in zip(records[3:5], looks, strict=True):
+        line = f"step {step} loss {loss:.3f} p(right city) {p.mean():.1%}"
+        assert " ".join(record.line.split()) == line and record.share == p.mean()
+    right = round(gpt.accuracy(model, held_out) * 30)
+    least = gpt.probability_of_answer(model, held_out).min()
+    assert f"after 12 steps the answers have a mean probability of {p.mean():.1%}" in came.found
+    assert f" {right} of 30 are right, the least sure with {least:.1%}." in came.found
+
+
+def test_act_shows_the_prompt_before_and_after(lesson, tokenizer):
+    *models, records = lesson
+    rows, *maps = records[-1].shown
+    for model, word, pattern in zip(models, ("untrained", "trained"), maps, strict=True):
+        run = gpt.run_prompt(model, tokenizer, PROMPT)
+        best = gpt.logit_lens(model, run.seen).max(-1)
+        assert [row[word] for row in rows] == pieces(tokenizer, best.indices)
+        assert [row[f"p, {word}"] for row in rows] == [f"{p:.1%}" for p in best.values]
+        assert torch.equal(pattern.values, run.seen["h.1.attn.pattern"][0]) and pattern.is_pattern
+    assert [row["after"] for row in rows] == ["embed", "h.0", "h.1"]
+    assert not torch.equal(maps[0].values, maps[1].values)
+    far = (models[1].wte.weight - models[0].wte.weight).norm(dim=1).max()
+    assert records[-2].shown[0][0]["by"] == far and len(records[-3].shown[0]) == 10
