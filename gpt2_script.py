@@ -857,24 +857,27 @@ def shorten(text, cells):
 def table(rows):
     """Rows {column: cell} as a rich table: text at the left, numbers at the right; what is too wide
     for the console comes in parts, each with the first column."""
-    (first, *others), printed = rows[0], Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    first, *others = rows[0]
     texts = []
     for row in rows:
         *cells, last = (f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values())
         texts.append([*(shorten(cell, 44) for cell in cells), last])
-    width = 0
-    for name, column in zip(rows[0], zip(*texts, strict=True), strict=True):
+    columns = dict(zip(rows[0], zip(*texts, strict=True), strict=True))
+    width = sum(1 + max(map(cell_len, (name, *column))) for name, column in columns.items())
+    if width > console.width and len(others) > 1:
+        half = (len(others) + 1) // 2
+        parts = (first, *others[:half]), (first, *others[half:])
+        return Group(
+            *(table([{name: row[name] for name in part} for row in rows]) for part in parts)
+        )
+    printed = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for name, column in columns.items():
         wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
-        is_last = name == (others or [first])[-1]  # alone may take several lines
+        is_last = name == (others or [first])[-1]  # that alone may take several lines
         printed.add_column(name, justify="left" if wordy else "right", no_wrap=not is_last)
-        width += 1 + max(map(cell_len, (name, *column)))
     for row in texts:
         printed.add_row(*row)
-    if width <= console.width or len(others) < 2:
-        return printed
-    half = (len(others) + 1) // 2
-    parts = (first, *others[:half]), (first, *others[half:])
-    return Group(*(table([{name: row[name] for name in part} for row in rows]) for part in parts))
+    return printed
 
 
 # %%
@@ -882,7 +885,7 @@ def corner(matrix, full):
     """A Matrix as a table: the first rows and columns and the last of each, or with `full` all."""
 
     def pick(count, most):  # the indices of those shown, None for the gap
-        cut = count > most and not full
+        cut = count > (10_000 if full else most)  # not even then the whole vocabulary
         return [*range(most - 2), None, count - 1] if cut else range(count)
 
     chosen = pick(len(matrix.rows), 6)
