@@ -857,11 +857,11 @@ def shorten(text, cells):
 def table(rows):
     """Rows {column: cell} as a rich table: text at the left, numbers at the right; what is too wide
     for the console comes in parts, each with the first column."""
-    first, *others = rows[0]
-    texts = []
+    (first, *others), texts = rows[0], []
+    wraps = {*rows[0]} if len(others) < 2 else {others[-1]}  # what may take several lines
     for row in rows:
-        *cells, last = (f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values())
-        texts.append([*(shorten(cell, 44) for cell in cells), last])
+        cells = {n: f"{x:.3f}" if isinstance(x, float) else str(x) for n, x in row.items()}
+        texts.append([x if name in wraps else shorten(x, 44) for name, x in cells.items()])
     columns = dict(zip(rows[0], zip(*texts, strict=True), strict=True))
     width = sum(1 + max(map(cell_len, (name, *column))) for name, column in columns.items())
     if width > console.width and len(others) > 1:
@@ -873,8 +873,8 @@ def table(rows):
     printed = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name, column in columns.items():
         wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
-        is_last = name == (others or [first])[-1]  # that alone may take several lines
-        printed.add_column(name, justify="left" if wordy else "right", no_wrap=not is_last)
+        justify = "left" if wordy else "right"
+        printed.add_column(name, justify=justify, no_wrap=name not in wraps)
     for row in texts:
         printed.add_row(*row)
     return printed

@@ -102,7 +102,11 @@ def raw(entries, data=b""):
 
 def shards(index=None, **parts):
     """A model in shards, {file's name: tensors}, and their index."""
-    index = {k: f"{name}.safetensors" for name in parts for k in parts[name]} if index is None else index
+    index = (
+        {k: f"{name}.safetensors" for name in parts for k in parts[name]}
+        if index is None
+        else index
+    )
     files = {f"{name}.safetensors": tensors for name, tensors in parts.items()}
     return {FILE: None, INDEX: {"weight_map": index}, **files}
 
@@ -117,7 +121,10 @@ BIAS = json.loads(WHOLE[8:START])["ln_f.bias"]["data_offsets"]
 def again(dtype, shape):
     """The sound file, its header telling ln_f.bias twice."""
     text = WHOLE[8:START].decode().rstrip()[:-1]
-    return raw(text + f',"ln_f.bias":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{BIAS}}}}}', WHOLE[START:])
+    return raw(
+        text + f',"ln_f.bias":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{BIAS}}}}}',
+        WHOLE[START:],
+    )
 
 
 def sized(low):
