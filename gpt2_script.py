@@ -274,7 +274,7 @@ class GPT2(nn.Module):
 
 # %%
 def tapped(model, patterns=()):
-    """{name: module} of all taps that a shell-style pattern matches, no pattern: all.
+    """{name: module} of all taps that a shell-style pattern matches; all without one.
 
     Raises ValueError for a pattern that matches nothing; the message lists names that are near.
     """
@@ -296,8 +296,8 @@ def watch(model, *patterns):
 
     Shell-style patterns choose the taps ("h.*.attn.pattern"); without one, all are watched. `seen`
     holds the wire's own memory and is for reading. Two threads that run one model see each other's
-    values; a deep copy of the model, or a model compiled and run before, is not watched. Raises ValueError
-    for a pattern that matches no tap.
+    values; a deep copy of the model, or a model compiled and run before, is not watched. Raises
+    ValueError for a pattern that matches no tap.
     """
     seen, names = {}, {module: name for name, module in tapped(model, patterns).items()}
 
@@ -543,7 +543,9 @@ def find_weights(name_or_path):
             raise InputError(f"{name_or_path} {what}: give {names}")
     shards = read_json(index).get("weight_map")
     names = [*shards.values()] if isinstance(shards, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not names or not all(
+        isinstance(x, str) and Path(x).name == x not in ("", "..") for x in names
+    ):
         raise InputError(f"{index} does not name the files of its own folder")
     files = [path / name for name in sorted({*names})]
     for file in files:
@@ -639,7 +641,7 @@ def find_faults(stored):
             wanted = GPT2(replace(config, n_layer=1)).state_dict()
     except (ValueError, RuntimeError) as error:
         return [str(error).split("\n")[0]]
-    if len(stored) < 12 * config.n_layer:
+    if 12 * config.n_layer > len(stored) + 1000:
         return [f"of {config.n_layer} blocks many tensors are missing: a GPT-2 has 12 in each"]
     block = {name[4:]: wanted.pop(name) for name in [*wanted] if name.startswith("h.")}
     for i in range(config.n_layer):
@@ -1415,11 +1417,11 @@ def accuracy(model, facts):
 
 # %%
 def train(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3, batch=16):
-    """Train on the facts that are not held out, without dropout; a generator that looks every ten steps.
+    """Train on the facts that are not held out, without dropout; looks every ten steps.
 
-    It yields (step, loss, the probability of each answer trained on [facts]), and ends when all of
-    these are above `sure`, or after `max_steps`. AdamW's running means are shorter than usual (0.8
-    and 0.95 instead of 0.9 and 0.999), as it all takes 100 steps.
+    A generator: it yields (step, loss, the probability of each answer trained on [facts]), and ends
+    when all of these are above `sure`, or after `max_steps`. AdamW's running means are shorter than
+    usual (0.8 and 0.95 instead of 0.9 and 0.999), as it all takes 100 steps.
     Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1.
     """
     facts = [fact for fact in facts if not fact.held_out]
@@ -2279,11 +2281,13 @@ def files_step(model, trusted):
 # %%
 def config_faults(files, stored):
     """What the JSON files of a model say that GPT-2's do not: sentences."""
+    unread = set()
     for name, path in files.items():
         try:
             said = read_json(path) if name.endswith(".json") else {}
         except InputError as error:
             yield escaped(error)
+            unread.add(name)
             continue
         if "auto_map" in said:
             yield f"{name} has an auto_map: it names code to be run"
@@ -2296,7 +2300,7 @@ def config_faults(files, stored):
         sizes = sizes_of(stored)
     except ValueError:  # told with the tensors
         return
-    if "config.json" in files:
+    if "config.json" in files and "config.json" not in unread:
         try:
             replace(sizes, **read_config(sizes, files["config.json"], "lm_head.weight" in stored))
         except ValueError as error:
@@ -2322,8 +2326,9 @@ def tokenizer_faults(files):
         pairs = [x if isinstance(x, str) else " ".join(x) for x in whole["model"]["merges"]]
         parts["tokenizer.json"] = whole["model"]["vocab"], own
         parts["tokenizer.json, merges"] = pairs, merges
-        added = [(x["content"], x["id"], x["lstrip"], x["rstrip"]) for x in whole["added_tokens"]]
-        parts["tokenizer.json, added tokens"] = added, [(END, 50256, False, False)]
+        strips = [x.get("lstrip") or x.get("rstrip") or False for x in whole["added_tokens"]]
+        added = [(x["content"], x["id"]) for x in whole["added_tokens"]]
+        parts["tokenizer.json, added tokens"] = (added, *strips), ([(END, 50256)], False)
         for part in ("normalizer", "truncation", "padding"):
             parts[f"tokenizer.json, {part}"] = whole.get(part), None
         splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

