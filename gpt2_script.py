@@ -1247,55 +1247,62 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 # torch.manual_seed(0)
 # model, tokenizer = GPT2(PRESETS["nano"]).eval(), load_tokenizer()
 # steps = [*watch_act(run_prompt(model, tokenizer, PROMPT), temperature=0.8, top_k=50)]
-# play(steps[:2])
+# play(steps[:2]);
 
 # %% [markdown]
 # ### Embeddings: which token, and where
 
 # %% tags=["active-ipynb"]
-# play(steps[2:4])
+# play(steps[2:4]);
 
 # %% tags=["active-ipynb"]
-# play(steps[4:6])
+# play(steps[4:6]);
 
 # %% [markdown]
 # ### Attention reads the stream and writes to it
 
 # %% tags=["active-ipynb"]
-# play(steps[6:8])
+# play(steps[6:8]);
 
 # %% tags=["active-ipynb"]
-# play(steps[8:11])
+# play(steps[8:11]);
 
 # %% tags=["active-ipynb"]
-# play(steps[11:13])
+# play(steps[11:13]);
 
 # %% tags=["active-ipynb"]
-# play(steps[13:14])
+# play(steps[13:14]);
 
 # %% tags=["active-ipynb"]
-# play(steps[14:17])
+# play(steps[14:16]);
+
+# %% tags=["active-ipynb"]
+# play(steps[16:17]);
 
 # %% [markdown]
 # ### The MLP reads the stream and writes to it
 
 # %% tags=["active-ipynb"]
-# play(steps[17:20])
+# play(steps[17:20]);
 
 # %% tags=["active-ipynb"]
-# play(steps[20:23])
+# play(steps[20:23]);
 
 # %% [markdown]
 # ### The answer, and how it goes on
 
 # %% tags=["active-ipynb"]
-# play(steps[23:25])
+# play(steps[23:25]);
 
 # %% tags=["active-ipynb"]
-# play(steps[25:27])
+# play(steps[25:27]);
 
 # %% tags=["active-ipynb"]
-# play(steps[27:])
+# play(steps[27:28]);
+
+# %% tags=["active-ipynb"]
+# play(steps[28:]);
+
 # %% [markdown]
 # ## A small world
 #
@@ -1580,19 +1587,20 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # %% tags=["active-ipynb"]
 # facts = small_world(tokenizer)
 # steps = [*learn_act(model, tokenizer, facts, PROMPT)]
-# play(steps[:-4])
+# play(steps[:-3]);
 
 # %% [markdown]
-# ### What moved
+# ### What moved, and the same prompt again
 
 # %% tags=["active-ipynb"]
-# play(steps[-4:-2])
-
-# %% [markdown]
-# ### The same prompt again
+# play(steps[-3:-2]);
 
 # %% tags=["active-ipynb"]
-# play(steps[-2:])
+# play(steps[-2:-1]);
+
+# %% tags=["active-ipynb"]
+# play(steps[-1:]);
+
 # %% [markdown]
 # ## Act 3: tamper
 #
@@ -2035,16 +2043,17 @@ def tamper_act(case, attacks):
 # case = make_case(model, tokenizer, facts)
 # attacks = make_attacks(case)
 # steps = [*tamper_act(case, attacks)]
-# play(steps[:2])
+# play(steps[:2]);
 
 # %% tags=["active-ipynb"]
-# play(steps[2:3])
+# play(steps[2:3]);
 
 # %% tags=["active-ipynb"]
-# play(steps[3:4])
+# play(steps[3:4]);
 
 # %% tags=["active-ipynb"]
-# play(steps[4:])
+# play(steps[4:]);
+
 # %% [markdown]
 # ## Act 4: detect
 #
@@ -2200,13 +2209,13 @@ def detect_act(case, attacks):
 
 # %% tags=["active-ipynb"]
 # steps = [*detect_act(case, attacks)]
-# play(steps[:3])
+# play(steps[:3]);
 
 # %% tags=["active-ipynb"]
-# play(steps[3:5])
+# play(steps[3:5]);
 
 # %% tags=["active-ipynb"]
-# play(steps[5:])
+# play(steps[5:]);
 
 
 # %% [markdown]

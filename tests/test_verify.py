@@ -13,13 +13,11 @@ from test_weights import CONFIG, FILE, TABLE, TRIL, WHOLE, T, alarms, headed, ma
 from test_weights import write as write_files
 
 import gpt2_script
-from gpt2_script import Progress, Step, main, oddity, singular_values, verify_act
+from gpt2_script import Progress, Step, main, verify_act
 
-MATRIX, BIASES, SEVEN = (
-    "h.1.mlp.c_proj.weight",
-    [f"h.{i}.attn.bias" for i in (0, 1)],
-    torch.tensor(7),
-)
+MATRIX, BIASES = "h.1.mlp.c_proj.weight", ["h.0.attn.bias", "h.1.attn.bias"]
+SEVEN, HALF, INT8 = torch.tensor(7), to(torch.half), to(torch.int8, "c_fc.weight")
+NANS = torch.tensor([0x7FC00001, 0x7FC00002], dtype=torch.int32).view(torch.float32)
 
 
 @pytest.fixture
@@ -72,19 +70,12 @@ def test_what_is_told_of_a_sound_folder(folder):
     assert [*map(repr, verify_act(path))] == [*map(repr, records)]
 
 
-@pytest.mark.parametrize(
-    "files, odd",
-    [
-        (edited(1.0), MATRIX),
-        (edited(0.1), None),
-        (edited(1.0, dtype=torch.bfloat16), MATRIX),
-        ({FILE: sets(MATRIX, (2, 3), 3e38)}, MATRIX),
-        ({FILE: sets(TABLE, 12, 20.0)}, f"{TABLE}[12]"),
-        ({FILE: sets(TABLE, 12, 1e30)}, f"{TABLE}[12]"),
-        ({FILE: {name: torch.zeros_like(x) for name, x in T.items()}}, None),
-        (headed(lambda table: table.index_fill(0, SEVEN, 20.0), no(TABLE)), f"{TABLE}[7]"),
-    ],
-)
+@pytest.mark.parametrize("files, odd", [
+    (edited(1.0), MATRIX), (edited(0.1), None), (edited(1.0, dtype=torch.bfloat16), MATRIX),
+    ({FILE: sets(MATRIX, (2, 3), 3e38)}, MATRIX), ({FILE: sets(TABLE, 12, 20.0)}, f"{TABLE}[12]"),
+    ({FILE: sets(TABLE, 12, 1e30)}, f"{TABLE}[12]"), ({FILE: {k: 0 * T[k] for k in T}}, None),
+    (headed(lambda table: table.index_fill(0, SEVEN, 20.0), no(TABLE)), f"{TABLE}[7]"),
+])  # fmt: skip
 def test_the_scan_and_that_no_release_is_exempt(files, odd, folder, monkeypatch):
     path = folder("model", files)
     monkeypatch.setitem(gpt2_script.RELEASED, "gpt2", ("", hashlib.sha256(WHOLE).hexdigest()))
@@ -116,8 +107,6 @@ def test_exit_status(folder, capsys):
 
 # ---- against a trusted copy
 
-HALF, INT8 = to(torch.half), to(torch.int8, "c_fc.weight")
-NANS = torch.tensor([0x7FC00001, 0x7FC00002], dtype=torch.int32).view(torch.float32)
 CHANGES = {  # what is compared, with what, and how each tensor that differs does
     "nothing": ({}, {}, {}),
     "prefix": ({FILE: {f"transformer.{name}": x for name, x in T.items()}}, {}, {}),
@@ -130,8 +119,8 @@ CHANGES = {  # what is compared, with what, and how each tensor that differs doe
     "two rows": ({FILE: sets(TABLE, [3, 8], 1.0)}, {}, {TABLE: "128 numbers, rows 3, 8, rank 2"}),
     "vector": ({FILE: sets("ln_f.bias", 9, 1.0)}, {}, {"ln_f.bias": "1 number, row 0, rank 1"}),
     "-0": ({FILE: sets(TABLE, (7, 7), -0.0)}, {}, {TABLE: "1 number, row 7, rank 0, size 0.0e+00"}),
-    "NaN": ({FILE: sets(TABLE, (9, 1), NANS[0])}, {}, {TABLE: "1 number, row 9"}),
-    "NaN there": ({}, {FILE: sets(TABLE, (9, 1), NANS[0])}, {TABLE: "1 number, row 9"}),
+    "NaN": ({FILE: sets(TABLE, (9, 1), NANS[0])}, {}, {TABLE: "1 number, row 9, rank 0"}),
+    "NaN there": ({}, {FILE: sets(TABLE, (9, 1), NANS[0])}, {TABLE: "1 number, row 9, rank 0"}),
     "other NaN": ({FILE: sets(TABLE, (9, 1), NANS[0])}, {FILE: sets(TABLE, (9, 1), NANS[1])},
         {TABLE: "1 number, row 9, rank 0"}),
     "int8": ({FILE: INT8 | {"h.0.mlp.c_fc.weight": -INT8["h.0.mlp.c_fc.weight"]}}, {FILE: INT8},
@@ -162,10 +151,7 @@ def test_a_change(name, folder):
 
 def test_any_flipped_bit_is_found_and_its_tensor_named(folder):
     tensors = masks(TRIL.bool())[FILE] | {MATRIX: T[MATRIX].half(), "h.0.x": torch.ones(9).char()}
-    ours, trusted = (
-        folder("ours", {FILE: tensors}) / FILE,
-        folder("trusted", {FILE: tensors}) / FILE,
-    )
+    ours, trusted = (folder(name, {FILE: tensors}) / FILE for name in ("ours", "trusted"))
     whole = ours.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     for i, (name, entry) in enumerate(json.loads(whole[8:start]).items()):
@@ -178,9 +164,9 @@ def test_any_flipped_bit_is_found_and_its_tensor_named(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_the_rank_of_an_edit_is_not_spoilt_by_rounding(rank, dtype, folder):
-    files = edited(0.3, rank, dtype)
+    files = edited(0.02, rank, dtype)
     how = differences(folder("ours", files), folder("trusted", {FILE: to(dtype)}))
-    assert [*how] == [MATRIX] and f"rank {rank}, size 3.0e-01" in how[MATRIX]
+    assert [*how] == [MATRIX] and f"rank {rank}, size 2.0e-02" in how[MATRIX]
 
 
 def test_the_rank_counts_what_is_a_thousandth_of_the_largest(folder):
@@ -194,33 +180,23 @@ def test_the_rank_counts_what_is_a_thousandth_of_the_largest(folder):
 # ---- files
 
 
-@pytest.mark.parametrize(
-    "ours, theirs, odd",
-    [
-        ({"README.md": b"a"}, {"README.md": b"a"}, []),
-        ({"README.md": b"a"}, {"README.md": b"b"}, ["README.md has other bytes"]),
-        ({"x.txt": b""}, {}, ["x.txt is not in the trusted copy"]),
-        ({}, {"x.txt": b""}, ["x.txt is only in the trusted copy"]),
-        ({CONFIG: {"n_head": 2}}, {}, ["config.json has other bytes"]),
-        ({CONFIG: None}, {}, ["config.json is only in the trusted copy"]),
-        (
-            {"b.safetensors": T},
-            {"b.safetensors": HALF},
-            ["b.safetensors holds", "b.safetensors has"],
-        ),
-    ],
-)
+@pytest.mark.parametrize("ours, theirs, odd", [
+    ({"x": b"a"}, {"x": b"a"}, []), ({"x": b"a"}, {"x": b"b"}, ["x has other bytes"]),
+    ({"x": b""}, {}, ["x is not in the trusted"]), ({}, {"x": b""}, ["x is only in the trusted"]),
+    ({CONFIG: None}, {}, ["config.json is only in the trusted copy"]),
+    ({"x.safetensors": T}, {"x.safetensors": HALF}, ["x.safetensors holds", "x.safetensors has"]),
+])  # fmt: skip
 def test_files_of_two_folders(ours, theirs, odd, folder):
     found = alarms(folder("ours", ours), folder("trusted", theirs))
     assert len(found) == len(odd) and all(map(str.startswith, found, odd))
 
 
-def test_two_weights_files_may_have_two_names(folder):
+def test_weights_files_of_two_names(folder):
     path = folder("ours") / FILE
     other = path.rename(path.with_name("other.safetensors"))
     assert alarms(other, folder("trusted") / FILE) == []
-    told_apart = ["config.json has other bytes"]
-    assert alarms(other, folder("trusted", {CONFIG: {"n_head": 2}})) == told_apart
+    folder("trusted", {CONFIG: {"n_head": 2}, "of a folder alone": b""})
+    assert alarms(other, path.parents[1] / "trusted") == ["config.json has other bytes"]
 
 
 def put(name, content):
@@ -254,31 +230,35 @@ ODD = {  # what a change of a sound folder is told as
     "swapped": (alter(TOKENS, "model", "vocab", swapped), f"{TOKENS} {TWO}"),
     "swapped in vocab.json": (alter("vocab.json", "ĠRome", 6342), "vocab.json has other ids than "),
     "merges": (alter(TOKENS, "model", "merges", lambda x: x[::-1]), f"{TOKENS}, merges: differs"),
-    "merges.txt": (put("merges.txt", b"#version: 0.2\na b\n"), "merges.txt: differs from GPT-2's"),
-    "added": (alter(TOKENS, "added_tokens", lambda x: [*x, OTHER | {"id": 50257}]), "added tokens: "),
-    "another END": (alter(TOKENS, "added_tokens", 0, "id", 262), f"{TOKENS}, added tokens: differs"),
+    "merges.txt": (put("merges.txt", b"#version: 0.2\na b\n"), "merges.txt: differs"),
+    "added": (alter(TOKENS, "added_tokens", lambda x: [*x, OTHER | {"id": 1}]), "added tokens: "),
+    "another END": (alter(TOKENS, "added_tokens", 0, "id", 262), f"{TOKENS}, added tokens: "),
     "normalizer": (alter(TOKENS, "normalizer", {"type": "Lowercase"}), f"{TOKENS}, normalizer"),
     "split": (alter(TOKENS, "pre_tokenizer", "type", "Whitespace"), f"{TOKENS}, pre_tokenizer"),
-    "prefix": (alter(TOKENS, "pre_tokenizer", "add_prefix_space", True), ", pre_tokenizer: differs"),
+    "prefix": (alter(TOKENS, "pre_tokenizer", "add_prefix_space", True), ", pre_tokenizer: "),
     "decoder": (alter(TOKENS, "decoder", "type", "Replace"), f"{TOKENS}, decoder: differs"),
     "dropout": (alter(TOKENS, "model", "dropout", 0.5), f"{TOKENS}, model: differs"),
+    "strips": (alter(TOKENS, "added_tokens", 0, "lstrip", True), f"{TOKENS}, added tokens: "),
+    "cut": (alter(TOKENS, "truncation", {"max_length": 1}), f"{TOKENS}, truncation: differs"),
+    "template": (alter(TOKENS, "post_processor", {"type": "Sequence"}), ", post_processor: "),
     "inserted": (alter(TOKENS, "post_processor", "special_tokens", {"x": {}}), ", post_processor"),
     "laid out": (alter(TOKENS, "model", None), "not laid out as GPT-2's, or missing"),
     "no JSON": (put(TOKENS, b"{,"), f"{TOKENS} is there, but it is not JSON"),
     "list": (put(GENERATION, b"[]"), f"{GENERATION} is there, but it is not a JSON object"),
-    "settings": (alter(SETTINGS, "added_tokens_decoder", {"464": OTHER}), f"{SETTINGS} sets x, not"),
+    "settings": (alter(SETTINGS, "added_tokens_decoder", {"464": OTHER}), f"{SETTINGS} sets x, "),
     "extra": (alter(SETTINGS, "extra_special_tokens", ["\x1b"]), rf"{SETTINGS} sets \x1b, not as"),
     "bos": (alter(SETTINGS, "add_bos_token", True), f"{SETTINGS} sets True, not as GPT-2 does"),
     "added_tokens": (put("added_tokens.json", {"x": 50257}), "added_tokens.json sets x, not as"),
     "pad": (put("special_tokens_map.json", {"pad_token": "[PAD]"}), "sets [PAD], not as GPT-2"),
-    "template": (alter(SETTINGS, "chat_template", "{{ x }}"), f"{SETTINGS} has a chat template"),
+    "chat": (alter(SETTINGS, "chat_template", "{{ x }}"), f"{SETTINGS} has a chat template"),
     "auto_map": (alter(CONFIG, "auto_map", {"AutoModel": "x.X"}), "config.json has an auto_map"),
     "bias": (put(GENERATION, {"sequence_bias": [[[6342], 9.0]]}), "sets sequence_bias"),
+    "nested": (alter(CONFIG, "x", {"y": {"suppress_tokens": [6342]}}), "sets suppress_tokens"),
     "n_inner": (alter(CONFIG, "n_inner", 9), "config.json says n_inner 9"),
     **{
         name: (put(name, content), f"{ascii(name)[1:-1]} can run code where it is loaded")
         for name, content in [("x.py", b""), ("x.txt", b"\x80\4N."), ("x", b"PK\3\4"),
-            ("\x1b\udcff.SO", b""), ("x.safetensors", b"\x80\4N.")]
+            ("y", b"#!/bin/sh"), ("\x1b\udcff.SO", b""), ("x.safetensors", b"\x80\4N.")]
     },
 }  # fmt: skip
 
@@ -300,22 +280,9 @@ def sound(tmp_path_factory):
 def test_a_folder_with_a_tokenizer(name, folder, sound):
     (change, odd), files = ODD[name], dict(sound)
     change(files)
-    found = alarms(folder("model", files))
+    if odd:  # what is not looked at takes time
+        files = {k: x for k, x in files.items() if x is not sound.get(k) or len(x) < 9999}
+    path = folder("model", files)
+    found = [text.replace(str(path), "") for text in alarms(path)]
     assert bool(found) == (odd is not None) and all(text.isprintable() for text in found)
     assert not found or any(odd in text for text in found)
-
-
-# ---- the numbers
-
-
-def test_scores_by_hand():
-    norms = torch.tensor([1.0, 2.0, 3.0, 4.0, 40.0])  # median 3, distances' median 1
-    ratios = {"h.0.a.weight": 3.0, "h.1.a.weight": 1.5, "h.2.a.weight": 1.5, "h.0.b.weight": 1.25}
-    scores, odd = oddity(norms, ratios, row_alarm=10.0, spike_alarm=2.0)
-    assert scores[4].item() == pytest.approx(37 / 1.4826 / 10)
-    assert [*odd.values()] == pytest.approx([1.0, 0.25, 0.25, 0.625]) and [*odd] == [*ratios]
-    for shape in [(96, 96), (96, 384), (384, 96), (3, 50), (1, 7)]:
-        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        assert singular_values(matrix).tolist() == pytest.approx(
-            torch.linalg.svdvals(matrix).tolist(), rel=1e-3
-        )

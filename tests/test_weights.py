@@ -14,11 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
 from conftest import damage
+from huggingface_hub import hf_hub_download
 from safetensors.torch import save, save_file
 
 import gpt2_script
@@ -54,9 +54,9 @@ BIAS = json.loads(TEXT)["ln_f.bias"]["data_offsets"]
 
 def sets(name, index, value):
     """The tensors, some numbers of one replaced."""
-    changed = T[name].clone()
-    changed[index] = value
-    return {**T, name: changed}
+    changed = {**T, name: T[name].clone()}
+    changed[name][index] = value
+    return changed
 
 
 def no(part):
@@ -65,10 +65,6 @@ def no(part):
 
 def to(dtype, part=""):
     return {name: x.to(dtype) if part in name else x for name, x in T.items()}
-
-
-def more(**tensors):
-    return {FILE: T | tensors}
 
 
 def masks(mask, name="attn.bias"):
@@ -104,7 +100,7 @@ def spaced(low):
 def empty(names):
     """A file of tensors without numbers."""
     entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    return {FILE: raw("{%s}" % ",".join(f'"{name}":{entry}' for name in names), b"")}
+    return {FILE: raw("{" + ",".join(f'"{name}":{entry}' for name in names) + "}", b"")}
 
 
 def shards(index=None, **parts):
@@ -117,7 +113,7 @@ def shards(index=None, **parts):
 PREFIXED = {f"transformer.{name}": tensor for name, tensor in T.items()}
 LONG = {**T, TABLE: T[TABLE].repeat(2, 1)}
 ONE, TWO = no("h.1"), {name: tensor for name, tensor in T.items() if "h.1" in name}
-MANY, ONES = range(12_000), {f"h.{i}.x": torch.ones(1, 1) for i in range(12_000)}
+MANY, ONE_BY_ONE = range(12_000), torch.ones(1, 1)
 NO_JSON, NO_GPT2 = "config.json is there, but it is not JSON", "is no tensor of GPT-2"
 OPEN, OWN = "is not the causal mask that its name says", "an output table of its own"
 ELSEWHERE, NO_FILE = "does not name the files of its own folder", "folder without model.safetensors"
@@ -126,22 +122,16 @@ ELSEWHERE, NO_FILE = "does not name the files of its own folder", "folder withou
 # transformers, or a part of the refusal; a part of every alarm of --verify, if it is another one
 CASES = {
     # a GPT-2 as other programs write it
-    "plain": ({}, {}),
-    **{f"starts with {low}": (spaced(low), {}) for low in (b"\3", b"\x80", b"PK")},  # no pickle
-    **{f"{x}": ({FILE: to(x)}, {"tensors": to(x)}) for x in (torch.double, torch.half)},
-    "bfloat16": ({FILE: to(torch.bfloat16)}, {"tensors": to(torch.bfloat16)}),
-    "some float16": ({FILE: to(torch.half, "mlp")}, {"tensors": to(torch.half, "mlp")}),
-    "prefix": ({FILE: PREFIXED}, {}),
-    "shards": (shards(one=ONE, two=TWO), {}),
+    "plain": ({}, {}), "prefix": ({FILE: PREFIXED}, {}), "alias": (headed(files=no(TABLE)), {}),
+    "head is tied": (headed(), {}), "head is tied, says not": (headed(**{TIE: False}), {}),
+    "prefix and head": (headed(files=PREFIXED), {}), "shards": (shards(one=ONE, two=TWO), {}),
     "file and shards": ({**shards(one=to(torch.half)), FILE: T}, {}, "one.safetensors holds"),
-    "alias": (headed(files=no(TABLE)), {}),
-    "head is tied": (headed(), {}),
-    "head is tied, says not": (headed(**{TIE: False}), {}),
-    "prefix and head": (headed(files=PREFIXED), {}),
-    **{
-        f"mask {dtype}": (masks(TRIL.to(dtype)), {})
-        for dtype in (torch.bool, torch.uint8, torch.half, torch.bfloat16, torch.float)
-    },
+    **{f"starts with {low}": (spaced(low), {}) for low in (b"\3", b"\x80", b"PK")},  # no pickle
+    **{f"{x}": ({FILE: to(x)}, {"tensors": to(x)}) for x in (torch.half, torch.bfloat16)},
+    "float64": ({FILE: to(torch.double)}, {}),
+    "some float16": ({FILE: to(torch.half, "mlp")}, {"tensors": to(torch.half, "mlp")}),
+    **{f"mask of {x}": (masks(TRIL.to(x)), {})
+        for x in (torch.bool, torch.uint8, torch.half, torch.bfloat16, torch.float)},
     "masked_bias": (masks(torch.tensor(-1e4), "attn.masked_bias"), {}),
     "100 rows": ({FILE: LONG, **says(vocab_size=100)}, {"tensors": LONG}),
     "sum overflows": ({FILE: sets("wpe.weight", (15, slice(2)), 3e38)}, {}),
@@ -150,117 +140,91 @@ CASES = {
     "epsilon": (says(layer_norm_epsilon=0.1), {"layer_norm_epsilon": 0.1}),
     "every field": ({CONFIG: config(n_head=2).to_dict()}, {"n_head": 2}),
     "other names": (says(n_inner=256, hidden_size=64, max_position_embeddings=16), {}),
-    **{
-        code: ({CONFIG: '{"n_head": 2}'.encode(code)}, {"n_head": 2})
-        for code in ("utf-8-sig", "utf-16", "utf-32-be")
-    },
+    **{code: ({CONFIG: '{"n_head": 2}'.encode(code)}, {"n_head": 2})
+        for code in ("utf-8-sig", "utf-16", "utf-32-be")},
     "no config": ({CONFIG: None}, {"n_head": 1}),
     "config without heads": ({CONFIG: {}}, "give n_head", None),
-    **{
-        f"config {text[:20]}": ({CONFIG: text}, NO_JSON)
-        for text in (b"", b'{"n_head": 4,}', b'{"n_head": 4, "by": "\xe9"}', b"[" * 100_000)
-    },
+    **{f"config {text[:20]}": ({CONFIG: text}, NO_JSON)
+        for text in (b"", b'{"n_head": 4,}', b'{"n_head": 4, "by": "\xe9"}', b"[" * 100_000)},
     "config list": ({CONFIG: b"[4]"}, "is not a JSON object"),
     "field nested": ({CONFIG: b'{"model_type":' + b"[" * 900 + b"]" * 900 + b"}"}, "model_type"),
-    **{
-        f"{field} {value!r}"[:40]: ({CONFIG: {"num_attention_heads": 4, field: value}}, field)
-        for field, values in {
-            "n_head": (True, "3", 2.0, 0, -4, None, [4], 2),  # with 4 under the other name
-            "layer_norm_epsilon": ("x", 0.0, 0, -1e-5, NAN, INF, True, None, [], 10**400),
-            "num_attention_heads": ("4", 4.0), "model_type": ("bert", "\x1b[31m" * 999),
-            "n_inner": (100,), "pruned_heads": ({"0": [1]},), "quantization_config": ({"bits": 4},),
-            "add_cross_attention": (True,), "is_encoder_decoder": (True,), "n_embd": (768,),
-            "scale_attn_weights": (False,), "scale_attn_by_inverse_layer_idx": (True,),
-            "activation_function": ("quick_gelu", "gelu"), "n_layer": (12,), "hidden_size": (65,),
-            "num_hidden_layers": (1,), "vocab_size": (50257,), "n_positions": (1024,), TIE: (False,),
-            "max_position_embeddings": (8,), "transformers_weights": ("other.safetensors",),
-        }.items()
-        for value in values
-    },
+    **{f"{field} {value!r}"[:40]: (says(**{field: value}), f"{field} ")
+        for field, *values in [
+            ("n_head", True, "3", 2.0, 0, -4, None, [4]), ("num_attention_heads", "4", 4.0, 2),
+            ("layer_norm_epsilon", "x", 0.0, 0, -1e-5, NAN, INF, True, None, [], 10**400),
+            ("model_type", "bert", "\x1b[31m" * 999),
+            ("activation_function", "quick_gelu", "gelu"), ("quantization_config", {"bits": 4}),
+            ("n_inner", 100), ("pruned_heads", {"0": [1]}), ("add_cross_attention", True),
+            ("is_encoder_decoder", True), ("scale_attn_weights", False), ("n_layer", 12),
+            ("scale_attn_by_inverse_layer_idx", True), ("n_embd", 768), ("hidden_size", 65),
+            ("num_hidden_layers", 1), ("vocab_size", 50257), ("n_positions", 1024), (TIE, False),
+            ("max_position_embeddings", 8), ("transformers_weights", "other.safetensors"),
+        ] for value in values},
     **{f"{str(n)[:9]} heads": (says(n_head=n), "divide into") for n in (5, 10**9, 10**4000)},
     "100 rows, says 50": ({FILE: LONG, **says(vocab_size=50)}, "vocab_size 50"),
     "alias, says untied": (headed(files=no(TABLE), **{TIE: False}), TIE),
     # tensors that are not GPT-2's
-    "head": (headed(lambda table: table + 1, **{TIE: False}), OWN),
-    "head, one row": (headed(lambda table: table.index_fill(0, torch.tensor(9), 1.0)), OWN),
-    "head, -0": (headed(lambda table: torch.where(table == 0, -0.0, table)), OWN),
-    "head, float64": (headed(lambda table: table.double()), OWN),
-    "head, shorter": (headed(lambda table: table[:49].clone()), OWN),
-    "head, other shape": (headed(lambda table: table.view(25, 128)), OWN),
+    **{f"head {i}": (headed(change, **{TIE: i > 0}), OWN)
+        for i, change in enumerate([
+            lambda table: table + 1, lambda table: table.index_fill(0, torch.tensor(9), 1.0),
+            lambda table: torch.where(table == 0, -0.0, table), lambda table: table.double(),
+            lambda table: table[:49], lambda table: table.view(25, 128)])},
     "int8": ({FILE: to(torch.int8, "c_fc.weight")}, "c_fc.weight is I8"),
     "int32": ({FILE: to(torch.int32, "ln_f.weight")}, "ln_f.weight is I32"),
     "NaN": ({FILE: sets("h.1.mlp.c_fc.weight", (3, 5), NAN)}, "h.1.mlp.c_fc.weight holds NaN"),
     "infinity": ({FILE: to(torch.half) | {TABLE: (T[TABLE] / 0).half()}}, "wte.weight holds NaN"),
     "infinities": ({FILE: sets("ln_f.bias", range(2), torch.tensor([INF, -INF]))}, "infinity"),
     "block missing": ({FILE: no("h.0.")}, "h.0.ln_1.weight is missing", ""),
-    **{f"no {x}": ({FILE: no(x)}, f"{x} is missing") for x in (TABLE, "wpe.weight", "h.1.ln_2.bias")},
-    "no tensors": ({FILE: {}}, "wte.weight is missing, also as lm_head.weight"),
-    "another model": ({FILE: {"a": torch.zeros(3)}}, "wte.weight is missing"),
-    "extra": (more(**{"\x1b[2J\n": torch.zeros(3)}), rf"'\x1b[2J\n' {NO_GPT2}"),
-    "extra matrix": (more(**{"h.0.\x1b": torch.ones(9, 9)}), rf"'h.0.\x1b' {NO_GPT2}", r"h.0.\x1b"),
-    "extra, not ASCII": (more(**{"h.0.\u202eü": torch.zeros(3)}), rf"'h.0.\u202e\xfc' {NO_GPT2}"),
-    "block 999...": (more(**{f"h.{'9' * 5000}.attn.bias": TRIL}), NO_GPT2),
-    **{
-        f"block {i}": (more(**{f"h.{i}.attn.bias": TRIL}), f"'h.{i}.attn.bias' {NO_GPT2}")
-        for i in ("999999999", "00", "-1")
-    },
-    "block 2 has a mask alone": (more(**{"h.2.attn.bias": TRIL}), "h.2.", "h.2."),
-    "twice": (more(**{"transformer.ln_f.bias": TRIL}), f"'ln_f.bias once more (1)' {NO_GPT2}"),
+    **{f"no {x}": ({FILE: no(x)}, f"{x} is missing") for x in (TABLE, "wpe.weight", "ln_f.bias")},
+    **{f"only {[*x]}": ({FILE: x}, "wte.weight is missing") for x in ({}, {"a": TRIL})},
+    "extra matrix": ({FILE: T | {"h.0.\x1b": TRIL[0, 0]}}, rf"'h.0.\x1b' {NO_GPT2}", r"h.0.\x1b"),
+    "block 999...": ({FILE: T | {f"h.{'9' * 5000}.attn.bias": TRIL}}, NO_GPT2),
+    **{f"extra {name!a}": ({FILE: T | {name: TRIL}}, f"{name!a} {NO_GPT2}")
+        for name in ["\x1b[2J\n", "h.0.\u202eü", "attn.bias", "h.0.attn.bias2"]
+            + [f"h.{n}.attn.bias" for n in ("999999999", "00", "-1")]},
+    "block 2 has a mask alone": ({FILE: T | {"h.2.attn.bias": TRIL}}, "h.2.", "h.2."),
+    "twice": ({FILE: T | {"transformer.ln_f.bias": TRIL}}, f"'ln_f.bias once more (1)' {NO_GPT2}"),
     "twice in the header": (adds("ln_f.bias", "F32", [64], place=BIAS), "once more (1)"),
     "twice, float16": (adds("ln_f.bias", "F16", [128], place=BIAS), "once more (1)"),
-    **{
-        f"{name} {shape}": (more(**{name: torch.zeros(shape)}), f"{name} is")
-        for name, *shape in [
-            ("h.0.mlp.c_fc.weight", 256, 64),  # as torch's own Linear has it
-            ("h.1.attn.c_attn.weight", 64, 71), ("wpe.weight", 16, 63), ("wpe.weight", 16),
-            ("wpe.weight", 0, 64), (TABLE, 50, 0), (TABLE, 50), ("ln_f.weight",),
-        ]
-    },
-    **{
-        f"mask {i}": (masks(mask), {}, OPEN)
+    **{f"{name} {shape}": ({FILE: T | {name: torch.zeros(shape)}}, f"{name} is")
+        for name, *shape in [("h.0.mlp.c_fc.weight", 256, 64), ("h.1.attn.c_attn.weight", 64, 71),
+            ("wpe.weight", 16, 63), ("wpe.weight", 16), ("wpe.weight", 0, 64), (TABLE, 50, 0),
+            (TABLE, 50), ("ln_f.weight",)]},
+    **{f"mask {i}": (masks(mask), {}, OPEN)
         for i, mask in enumerate([
             TRIL * 0 + 1, TRIL * NAN, TRIL[..., :8, :8], TRIL.flatten(), torch.zeros(0, 0),
-            torch.ones(1, 1, 16, 16).tril(1), TRIL.bool() | (TRIL.cumsum(-1) == 16).roll(1, -2),
-        ])
-    },
+            TRIL.bool() ^ (torch.arange(256) == 37).view(1, 1, 16, 16)])},  # open by one
     "mask of int64": (masks(TRIL.long()), {}, "attn.bias is I64, which no mask is"),
-    "mask of bytes": (more(**{"h.0.attn.bias": torch.arange(240).byte()}), {}, OPEN),
-    "mask, bool of 7": (adds("h.0.attn.bias", "BOOL", [16, 16], bytes(TRIL.byte().flatten() * 7)),
-        {}, OPEN),
+    "mask of bytes": ({FILE: T | {"h.0.attn.bias": torch.arange(240).byte()}}, {}, OPEN),
+    "mask of 7": (adds("h.0.attn.bias", "BOOL", [16, 16], bytes(TRIL.byte().flatten() * 7)), {},
+        OPEN),
     "mask of no type": (adds("h.0.attn.bias", "F4", [128], bytes(64)), {}, "is F4"),
-    **{
-        f"masked_bias {x}": (masks(torch.tensor(x), "attn.masked_bias"), {}, "hides nothing")
-        for x in (0.0, NAN, [-1e4, -1e4])
-    },
+    **{f"masked_bias {x}": (masks(torch.tensor(x), "attn.masked_bias"), {}, "hides nothing")
+        for x in (0.0, NAN, [-1e4, -1e4])},
     # headers that could take long
     "12,000 blocks": (empty(f"h.{i}.x" for i in MANY), "wte.weight is missing"),
     "12,000 times": (empty("a" for i in MANY), "wte.weight is missing"),
     "3 MB": (empty(f"h.{i}.{'x' * 200}" for i in MANY), "wte.weight is missing"),
-    "12,000 matrices": ({FILE: {TABLE: torch.ones(3, 1), "wpe.weight": torch.ones(3, 1), **ONES}},
+    "12,000 matrices": ({FILE: {TABLE: ONE_BY_ONE, "wpe.weight": ONE_BY_ONE.clone()}
+        | {f"h.{i}.attn.c_proj.weight": ONE_BY_ONE.clone() for i in MANY}},
         "of 12000 blocks many tensors are missing", ""),
     # no weights
-    **{
-        f"file {content and content[:9]} {len(content or b'')}": ({FILE: content}, part, UNREADABLE)
+    **{f"file {content and content[:9]} {len(content or b'')}": ({FILE: content}, part, UNREADABLE)
         for part, *contents in [
             ("is empty", b""), (NO_FILE, None), ("cut short or damaged", WHOLE[:9], WHOLE[:300]),
             ("no safetensors file", b"<html>log in</html>", bytes(99), b"\xff" * 99, WHOLE[:3],
                 WHOLE[:8], pickle.dumps({"weights": 1})),
             ("damaged", WHOLE[:-1], WHOLE + b"x", WHOLE[:20] + b"\0" + WHOLE[21:],
                 raw('{"a":' * 50_000), struct.pack("<Q", 10**11) + WHOLE[8:]),
-        ]
-        for content in contents
-    },
+        ] for content in contents},
     "only a pickle": ({FILE: None, "pytorch_model.bin": b"\x80\4."}, NO_FILE, UNREADABLE),
     "a shard missing": (shards({"a": "2.x"}, one=T), "2.x does not exist", UNREADABLE),
     "a shard is a pickle": (shards({"a": "one.bin"}, one=ONE), "is a pickle", UNREADABLE),
     "a tensor in two shards": (shards(one=T, two=TWO), f"once more (1)' {NO_GPT2}"),
     "index not JSON": ({**shards(one=T), INDEX: b"{,"}, "index.json is there, but", UNREADABLE),
-    **{
-        f"index {names}": (shards(names, one=T), ELSEWHERE, UNREADABLE)
-        for names in [{}, ["one.safetensors"]] + [
-            {"a": name} for name in ("../x", "/etc/passwd", "..", ".", "", "sub/x", "a/../../x")
-        ]
-    },
+    **{f"index {names}": (shards(names, one=T), ELSEWHERE, UNREADABLE)
+        for names in [{}, ["one.safetensors"]] + [{"a": name} for name in
+            ("../x", "/etc/passwd", "..", ".", "", "sub/x", "a/../../x", 5, None)]},
 }  # fmt: skip
 
 
@@ -306,7 +270,7 @@ def test_a_folder(name, tmp_path, ids):
     write(tmp_path, {FILE: T, CONFIG: {"n_head": 4}} | files)
     start = time.process_time()
     if refused:
-        sentence = refusal(tmp_path)
+        sentence = refusal(tmp_path).replace(str(tmp_path), "")
         assert expected in sentence and sentence.isprintable()
     else:
         model = load_model(tmp_path)
@@ -316,9 +280,9 @@ def test_a_folder(name, tmp_path, ids):
     if odd is UNREADABLE:
         with pytest.raises(InputError) as caught:
             alarms(tmp_path)
-        assert expected in str(caught.value)
+        assert expected in str(caught.value).replace(str(tmp_path), "")
     else:
-        found = alarms(tmp_path)
+        found = [text.replace(str(tmp_path), "") for text in alarms(tmp_path)]
         assert bool(found) == (odd is not None) and len(found) == len({*found}) < 25
         assert all(odd in text and text.isprintable() for text in found)
     verified = time.process_time()
@@ -329,24 +293,22 @@ def test_a_folder(name, tmp_path, ids):
 
 
 class Bomb:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "ckpt", "pkl", "PT", "Bin"])
-def test_a_pickle_is_never_unpickled(suffix, sound):
-    bomb, path = Bomb(sound / "executed"), sound / f"model.{suffix}"
+def test_a_pickle_is_never_unpickled(suffix, sound, monkeypatch):
+    monkeypatch.chdir(sound)
+    path = sound / f"model.{suffix}"
     for save_bomb in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))):
-        save_bomb(bomb, path)
+        save_bomb(Bomb(), path)
         assert "unpickling runs code" in refusal(path)
         assert alarms(sound) == [f"{path.name} can run code where it is loaded"]
         (sound / FILE).write_bytes(path.read_bytes())
         assert "no safetensors file" in refusal(sound)
         save_file(T, sound / FILE)
-    assert not bomb.path.exists()
+    assert not os.path.exists("executed")
 
 
 def test_what_is_no_file(sound, monkeypatch):
@@ -375,7 +337,8 @@ def test_gpt2_is_the_release_and_its_path_a_folder(sound, monkeypatch, ids):
     monkeypatch.setattr(gpt2_script, "fetch", no_fetch)
     assert "fetched gpt2" in refusal(Path("gpt2"))  # where there is no such folder
     monkeypatch.chdir(sound)
-    write(Path("gpt2").mkdir() or Path("gpt2"), {FILE: T, CONFIG: {"n_head": 2}})
+    (sound / "gpt2").mkdir()
+    write(sound / "gpt2", {FILE: T, CONFIG: {"n_head": 2}})
     for name in ("./gpt2", Path("gpt2"), sound / "gpt2", f"gpt2/{FILE}", sound / "gpt2" / FILE):
         assert is_same(load_model(name), reference(T, n_head=2), ids)
         assert alarms(name, name) == []
@@ -451,48 +414,45 @@ def test_a_release_is_asked_for_and_its_hash_checked(sound, monkeypatch, ids):
     assert "SHA-256 differs" in refusal("gpt2")
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that answers everything alike."""
+
+    def do_GET(self):
+        status, headers, body = self.server.answer
+        self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    do_HEAD, log_message = do_GET, lambda *arguments: None
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A function that starts a hub, which answers everything alike, and gives what fetch says."""
-    servers, download = [], huggingface_hub.hf_hub_download
+    """A function: how a hub answers, nothing if there is none -> what fetch says."""
+    server, download = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub), hf_hub_download
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between one attempt and the next
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
-    def start(status=None, headers=(), body=b""):
-        class Answer(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(status)
-                for header in dict(headers).items():
-                    self.send_header(*header)
-                self.end_headers()
-                self.wfile.write(body if self.command == "GET" else b"")
-
-            do_HEAD, log_message = do_GET, lambda *arguments: None
-
-        if status:
-            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer))
-            serve = threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True)
-            serve.start()
-        port = servers[-1].server_port if status else 9  # where nobody is
-        there = {"endpoint": f"http://127.0.0.1:{port}", "cache_dir": tmp_path / "hub"}
-        monkeypatch.setattr(
-            huggingface_hub, "hf_hub_download", lambda *a, **k: download(*a, **k | there)
-        )
+    def ask(*answer):
+        server.answer = answer
+        there = {"endpoint": f"http://127.0.0.1:{server.server_port if answer else 9}"}
+        there["cache_dir"] = tmp_path / "hub"
+        fetched = "huggingface_hub.hf_hub_download"
+        monkeypatch.setattr(fetched, lambda *a, **k: download(*a, **k | there))
         with pytest.raises(InputError) as caught:
             fetch("gpt2")
         return str(caught.value)
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    yield ask
+    server.shutdown()
+    server.server_close()
 
 
 REVISION, SHA256 = gpt2_script.RELEASED["gpt2"]
-LIKE_A_FILE, OTHER = (
-    {"X-Repo-Commit": REVISION, "ETag": '"abc"', "Content-Length": "9"},
-    b"something",
-)
+LIKE_A_FILE = {"X-Repo-Commit": REVISION, "ETag": '"abc"', "Content-Length": "9"}
 DELETE = " is not the released gpt2, its SHA-256 differs: delete it"
 
 
@@ -504,8 +464,8 @@ def test_a_hub_that_is_not_there_or_talks_rubbish(hub, tmp_path, capfd):
         said = hub(*answer)
         assert said.startswith("cannot fetch gpt2 from the model hub (") and said.isprintable()
     assert not [*tmp_path.rglob("*.safetensors")] and "Retrying" not in capfd.readouterr().err
-    path = Path(hub(200, LIKE_A_FILE, OTHER).removesuffix(DELETE))
-    assert path.read_bytes() == OTHER and not path.is_symlink()
+    path = Path(hub(200, LIKE_A_FILE, b"something").removesuffix(DELETE))
+    assert path.read_bytes() == b"something" and not path.is_symlink()
     path.unlink()  # as it says
     assert "cannot fetch" in hub()
 
