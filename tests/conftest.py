@@ -1,8 +1,6 @@
 """What the tests share: a small model in which every weight matters, and texts for it."""
 
 import functools
-import json
-import struct
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -249,43 +247,8 @@ def pair(drawn):
     return make
 
 
-@pytest.fixture(scope="session")
-def peer():
-    """A GPT-2 of transformers, of the sizes of SMALL, every number drawn."""
-    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=3)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        std = 1 if weight.ndim == 1 else 0.5
-        torch.nn.init.normal_(weight, std=std, generator=generator)
-    return model
-
-
-@pytest.fixture
-def path(peer, tmp_path):
-    """The peer's file, its config.json beside it."""
-    peer.save_pretrained(tmp_path)
-    return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def tensors(peer):
-    """The peer's tensors under their names in the released files: no prefix, no head."""
-    state = peer.transformer.state_dict()
-    return {name: tensor.clone() for name, tensor in state.items()}
-
-
 def damage(path, at, byte=None):
     """Change a byte of a file, or flip its lowest bit."""
     raw = bytearray(path.read_bytes())
     raw[at] = raw[at] ^ 1 if byte is None else byte
     path.write_bytes(raw)
-
-
-def write_odd(path, source):
-    """The same file with a header that is no multiple of four long, like the released one's."""
-    raw = source.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.dumps(json.loads(raw[8 : 8 + size])).encode()
-    header += b" " * ((3 - len(header)) % 4)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + size :])

@@ -181,7 +181,7 @@ CASES = {
     "block 999...": ({FILE: T | {f"h.{'9' * 5000}.attn.bias": TRIL}}, NO_GPT2),
     **{f"extra {name!a}": ({FILE: T | {name: TRIL}}, f"{name!a} {NO_GPT2}")
         for name in ["\x1b[2J\n", "h.0.\u202eü", "attn.bias", "h.0.attn.bias2"]
-            + [f"h.{n}.attn.bias" for n in ("999999999", "00", "-1")]},
+            + [f"h.{n}.attn.bias" for n in ("999999999", "00", "٣", "-1")]},
     "block 2 has a mask alone": ({FILE: T | {"h.2.attn.bias": TRIL}}, "h.2.", "h.2."),
     "twice": ({FILE: T | {"transformer.ln_f.bias": TRIL}}, f"'ln_f.bias once more (1)' {NO_GPT2}"),
     "twice in the header": (adds("ln_f.bias", "F32", [64], place=BIAS), "once more (1)"),
