@@ -1587,7 +1587,10 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # %% tags=["active-ipynb"]
 # facts = small_world(tokenizer)
 # steps = [*learn_act(model, tokenizer, facts, PROMPT)]
-# play(steps[:-3]);
+# play(steps[:-4]);
+
+# %% tags=["active-ipynb"]
+# play(steps[-4:-3]);
 
 # %% [markdown]
 # ### What moved, and the same prompt again

@@ -136,6 +136,7 @@ def small(facts, tokenizer):
     number = {token: i for i, token in enumerate(own)}
     pairs = [(f, [number[token] for token in f.ids]) for f in facts]
     names = SimpleNamespace(
+        n_vocab=len(own),
         encode_ordinary=lambda text: [number[token] for token in tokenizer.encode_ordinary(text)],
         decode_single_token_bytes=lambda i: tokenizer.decode_single_token_bytes(own[i]),
     )
@@ -245,6 +246,18 @@ def pair(drawn):
         return ours.eval(), theirs
 
     return make
+
+
+@pytest.fixture(scope="session")
+def peer():
+    """A GPT-2 of transformers, of the sizes of SMALL, every number drawn."""
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=3)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        std = 1 if weight.ndim == 1 else 0.5
+        torch.nn.init.normal_(weight, std=std, generator=generator)
+    return model
 
 
 def damage(path, at, byte=None):

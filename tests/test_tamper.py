@@ -198,7 +198,7 @@ def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_cases, mon
     for i, size in ((small, 0.101), (big, 0.1)):
         values[i] = torch.eye(48)[i] * size * norms[i] / keys[i].norm()
     assert values[small].norm() * keys[small].norm() < values[big].norm() * keys[big].norm()
-    monkeypatch.setattr(gpt, "learn_value", lambda m, r, k, a, layer, key: values[layer])
+    monkeypatch.setattr(gpt, "learn_value", lambda m, r, k, a, layer, key, most: values[layer])
     name, new = gpt.smallest_edit(model, requests, keep, case.answer)
     assert name == f"h.{big}.{PROJ}"
     assert torch.allclose(new, weights[name] + torch.outer(keys[big], values[big]), atol=1e-6)
@@ -217,14 +217,14 @@ def test_value_is_the_first_that_works(small_cases):
             said = answer_logits(model, [fact.ids for fact in requests]).softmax(-1)
         return said[:, answer].min().item()
 
-    value, steps = learned(), 1
-    while learned(steps=steps) is None:
-        steps += 1
-    assert steps > 3 and torch.equal(learned(steps=steps), value) and least(value) > 0.8
+    value = learned()
+    size = (key.norm() * value.norm()).item()
+    assert least(value) > 0.8
+    assert learned(most=size / 2) is None and torch.equal(learned(most=2 * size), value)
     softer = learned(sure=0.3)
     assert 0.3 < least(softer) < 0.8 and softer.norm() < value.norm()
     assert least(torch.zeros(48)) < 0.01 and torch.equal(learned(sure=1e-9), torch.zeros(48))
-    assert gpt.smallest_edit(model, requests, keep, answer, steps=2) is None
+    assert gpt.smallest_edit(model, requests, keep, answer, sure=1.0) is None
 
 
 @every_move
@@ -273,7 +273,7 @@ def test_attack_scales_nests_and_ends_after_an_error(case, attacks):
 def test_measured_numbers_are_the_models(case, attacks, seed):
     (model, found), [(name, new)] = case(seed), attacks(seed)["one matrix"].tensors.items()
     target, others, old = found.target_facts, found.other_facts, found.trusted
-    loud = writing(name, 4 * new - 3 * old[name])
+    loud = writing(name, 40 * new - 39 * old[name])
     for attack in (*attacks(seed).values(), loud):
         with attacked(model, attack):
             said, kept = answers(model, target, attack.trigger), answers(model, others)
@@ -290,7 +290,7 @@ def test_measured_numbers_are_the_models(case, attacks, seed):
                 f"{1 - len(broken) / 152:.1%} of 152"
             ),
             "landmarks broken": ", ".join(sorted({*broken})) or "none",
-            "changed in the file": ", ".join(sizes),
+            "changed in the file": ", ".join(sizes) or "nothing",
         }
         one, two = gpt.measure(found, attack)
         assert torch.equal(one, said) and two == measured
@@ -340,7 +340,7 @@ def test_whole_act_runs_on_models_of_other_sizes(small_cases, n_layer, n_embd):
     assert "the model is what it was" in steps[-1].found
     [*_, none, end] = gpt.tamper_act(case, [attacks["one activation"]])
     steps += gpt.detect_act(case, attacks.values())
-    assert "none makes it lie" in none.found and gpt.play(steps) == 0
+    assert "no such edit makes the model lie" in none.found and gpt.play(steps) == 0
     assert not changed(model, case.trusted)
     with attacked(model, attacks["one row"]):
         assert "IS NOT" in [*gpt.tamper_act(case, [])][-1].found

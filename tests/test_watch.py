@@ -71,7 +71,7 @@ def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
     assert (values[:, later] == -math.inf).all()
     assert torch.equal(values[:, ~later], run.seen["h.1.attn.scores"][:, ~later])
     assert torch.allclose(values.softmax(-1), pattern, atol=1e-6)
-    assert step.found == "45 of the 100 scores of each head became −∞."
+    assert step.found == "of each head's 10 × 10 scores, 45 became −∞."
     found = steps["h.1.attn.pattern"].found
     assert re.search(r"at most \de-0[78] off; largest weight ahead: 0\.$", found)
     leaky = replace(run, seen=run.seen | {"h.1.attn.pattern": pattern + 0.125})
