@@ -36,7 +36,6 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -279,14 +278,14 @@ def tapped(model, patterns=()):
     Raises ValueError for a pattern that matches nothing; the message lists names that are near.
     """
     taps = {n: m for n, m in model.named_modules() if isinstance(m, (Tap, LayerNorm, nn.Embedding))}
-    chosen = set()
-    for pattern in patterns:
+    chosen = {}
+    for pattern in patterns or ("*",):
         names = [name for name in taps if fnmatch.fnmatchcase(name, pattern)]
         if not names:
             near = difflib.get_close_matches(pattern, taps, cutoff=0.3) or list(taps)[:5]
             raise ValueError(f"no tap is named {pattern!r}; near: {', '.join(near)}")
-        chosen.update(names)
-    return {name: tap for name, tap in taps.items() if name in chosen} if patterns else taps
+        chosen |= {name: taps[name] for name in names}
+    return chosen
 
 
 # %%
@@ -530,29 +529,21 @@ def find_weights(name_or_path):
         raise InputError(f"{path} has a name that is not UTF-8: rename it")
     index = path / "model.safetensors.index.json"
     with reading(path):
-        if path.is_dir() and ((path / "model.safetensors").is_file() or not index.is_file()):
-            path = path / "model.safetensors"
-        if path.suffix.lower() in PICKLES and not path.is_dir():
-            raise InputError(f"{path} is a pickle, and unpickling runs code: use safetensors")
-        if path.is_file():
-            return [path], None
-        if not path.is_dir() or not index.is_file():
-            is_folder = os.path.isdir(name_or_path)
-            what = "is a folder without model.safetensors" if is_folder else "does not exist"
-            names = f"a .safetensors file, a model's folder or a plain {', '.join(RELEASED)}"
-            raise InputError(f"{name_or_path} {what}: give {names}")
-    shards = read_json(index).get("weight_map")
-    names = [*shards.values()] if isinstance(shards, dict) else []
-    if not names or not all(
-        isinstance(x, str) and Path(x).name == x not in ("", "..") for x in names
-    ):
-        raise InputError(f"{index} does not name the files of its own folder")
-    files = [path / name for name in sorted({*names})]
-    for file in files:
-        if file.suffix.lower() in PICKLES:
-            raise InputError(f"{file} is a pickle, and unpickling runs code: use safetensors")
-        if not file.is_file():
-            raise InputError(f"{file} does not exist as a file of its own")
+        files = [path / "model.safetensors"] if path.is_dir() else [path]
+        if index.is_file() and not files[0].is_file():
+            shards = read_json(index).get("weight_map")
+            names = [*shards.values()] if isinstance(shards, dict) else []
+            plain = (isinstance(x, str) and Path(x).name == x not in ("", "..") for x in names)
+            if not names or not all(plain):
+                raise InputError(f"{index} does not name the files of its own folder")
+            files = [path / name for name in sorted({*names})]
+        for file in files:
+            if file.suffix.lower() in PICKLES:
+                raise InputError(f"{file} is a pickle, and unpickling runs code: use safetensors")
+            if not file.is_file():
+                what = f"is a folder without {file.name}" if path.is_dir() else "does not exist"
+                names = f"a .safetensors file, a model's folder or one of {', '.join(RELEASED)}"
+                raise InputError(f"{name_or_path} {what}: give {names}")
     return files, None
 
 
@@ -713,7 +704,7 @@ def configure(stored, file, release=None, n_head=None):
         if config.n_embd % 64 or os.path.lexists(beside):
             raise InputError(f"{file}: give n_head, or a config.json beside it that tells it")
         told["n_head"] = config.n_embd // 64
-        heads = "1 head" if told["n_head"] == 1 else f"{told['n_head']} heads"
+        heads = f"{told['n_head']} head{'s' * (told['n_head'] > 1)}"
         print(f"{file.name!a}: {heads}, 64 numbers for each, as there is no config.json.")
     try:
         return replace(config, **told)
@@ -790,8 +781,9 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None
 
     new is max_new_tokens, or less where the context is full; "<|endoftext|>" ends nothing, the text
     goes on behind it. At temperature 0 the likeliest token is taken, else one is drawn as
-    next_probabilities says; the same seed draws the same tokens. Raises ValueError for no ids, more
-    than the context holds, max_new_tokens below 0, or what next_probabilities refuses.
+    next_probabilities says; the same seed draws the same tokens. Raises ValueError for texts
+    without tokens or longer than the context, max_new_tokens below 0, or what next_probabilities
+    refuses.
     """
     next_probabilities(torch.zeros(1), temperature, top_k, top_p)
     T, limit = ids.size(1), model.config.n_ctx
@@ -813,8 +805,6 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None
 
 # %% [markdown]
 # ## Records, and how they are shown
-#
-# Acts yield records; only this part prints.
 
 
 # %%
@@ -879,9 +869,7 @@ def table(rows):
     if width > console.width and len(others) > 1:
         half = (len(others) + 1) // 2
         parts = (first, *others[:half]), (first, *others[half:])
-        return Group(
-            *(table([{name: row[name] for name in part} for row in rows]) for part in parts)
-        )
+        return Group(*(table([{n: row[n] for n in part} for row in rows]) for part in parts))
     printed = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name, column in columns.items():
         wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
@@ -901,14 +889,13 @@ def corner(matrix, full):
         return [*range(most - 2), None, count - 1] if cut else range(count)
 
     chosen = pick(len(matrix.rows), 6)
-    rows = [
-        (i, {matrix.title: "..." if i is None else shorten(matrix.rows[i], 13)}) for i in chosen
-    ]
+    names = ["..." if i is None else shorten(matrix.rows[i], 13) for i in chosen]
+    rows = [{matrix.title: name} for name in names]
     for j in pick(matrix.values.size(1), max(3, (console.width - 14) // 8)):
         name = "..." if j is None else shorten(matrix.columns[j] if matrix.columns else str(j), 7)
-        for i, row in rows:
+        for i, row in zip(chosen, rows, strict=True):
             row[name] = "..." if None in (i, j) else matrix.values[i, j].item()
-    return table([row for _, row in rows])
+    return table(rows)
 
 
 # %%
@@ -939,9 +926,9 @@ def heat_map(matrix, most):
 def show(record, full=False):
     """Print one record of an act; with `full`, whole activations instead of corners."""
     if isinstance(record, Progress):
-        bar = "█" * round(20 * record.share)
+        bar = f" {'█' * round(20 * record.share):─<20}" * (console.width > len(record.line) + 21)
         if record.line or console.is_terminal:
-            console.print(record.line, f"{bar:─<20}", end="\n" if record.line else "\r")
+            console.print(record.line + bar, end="\n" if record.line else "\r")
         return None
     align = "center" if isinstance(record, Act) else "left"
     console.rule(Text(record.name, "bold"), align=align, style="blue")
@@ -995,8 +982,7 @@ TOUR = {
         "wpe.weight[positions]: [{N}, {C}] → [{T}, {C}]"),
     "embed": ("wte", "The sum opens the residual stream: one vector per token, to be added to.",
         "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
-    "resid_pre": (None, "The residual stream as it enters the block.",
-        "x: [{T}, {C}]"),
+    "resid_pre": (None, "The residual stream as it enters the block.", "x: [{T}, {C}]"),
     "ln_1": ("resid_pre", "Layer norm: each vector to mean 0, deviation 1; then scale and shift.",
         NORM),
     "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
@@ -1017,8 +1003,7 @@ TOUR = {
         "joined @ c_proj + b: [{T}, {C}] @ [{C}, {C}] → [{T}, {C}]"),
     "resid_mid": ("resid_pre", "The stream keeps what it had and gains what attention wrote.",
         "resid_pre + attn.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
-    "ln_2": ("resid_mid", "Layer norm again, with a scale and shift of its own.",
-        NORM),
+    "ln_2": ("resid_mid", "Layer norm again, with a scale and shift of its own.", NORM),
     "mlp.pre": ("ln_2", "Each token, on its own, is matched with {F} neurons, the columns of c_fc.",
         "ln_2 @ c_fc + b: [{T}, {C}] @ [{C}, {F}] → [{T}, {F}]"),
     "mlp.act": ("mlp.pre", "GELU lets large numbers through and shrinks negative ones towards 0.",
@@ -1027,8 +1012,7 @@ TOUR = {
         "act @ c_proj + b: [{T}, {F}] @ [{F}, {C}] → [{T}, {C}]"),
     "resid_post": ("resid_mid", "The stream keeps what it had and gains what the MLP wrote.",
         "resid_mid + mlp.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
-    "ln_f": ("resid_post", "The last layer norm, before the vectors are read out.",
-        NORM),
+    "ln_f": ("resid_post", "The last layer norm, before the vectors are read out.", NORM),
     "logits": ("ln_f", "Each vector is compared with every token's row: a score per next token.",
         "ln_f @ wte.weightᵀ: [{T}, {C}] @ [{C}, {V}] → [{T}, {V}]"),
 }  # fmt: skip
@@ -1116,8 +1100,8 @@ def text_steps(run):
     yield from (tap_step(run, name) for name in ("wte", "wpe", "embed"))
     same = torch.equal(run.seen["embed"], run.seen["wte"] + run.seen["wpe"])
     purpose = "In training, numbers are set to 0 at random, so that no single one is relied on."
-    found = f"{'nothing' if same else 'something'} changed: in use it is idle (p would be "
-    yield Step("dropout", purpose, found=f"{found}{run.model.config.dropout}).")
+    found = f"{'nothing' if same else 'something'} changed: dropout is idle outside training "
+    yield Step("dropout", purpose, found=f"{found}(in training, p is {run.model.config.dropout}).")
 
 
 # %%
@@ -1198,10 +1182,8 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     purpose = "To go on, the model needs only earlier tokens' keys and values, which are kept: the "
     purpose += f"next token then costs one row of every product, not {T + 1}."
     formula = f"{len(held)} × {list(held[0].shape)}: keys and values of each block"
-    found = (
-        f"{sum(x.numel() for x in held):,} numbers, {'the very' if same else 'NOT the'} keys and "
-    )
-    yield Step("the cache", purpose, formula, found=f"{found}values above.")
+    found = f"{sum(x.numel() for x in held):,} numbers, {'the very' if same else 'NOT the'} keys "
+    yield Step("the cache", purpose, formula, found=f"{found}and values above.")
     new = generate(model, ids, count, temperature, top_k, top_p, seed)  # [1, T + new]
     logits, chosen = model(new, where=(0, slice(T - 1, None))), new[0, T:].tolist()
     for i, token in enumerate(chosen[:3]):
@@ -1214,10 +1196,9 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
         shown.append(rows)
     text = tokenizer.decode([token for token in chosen if token < tokenizer.n_vocab])
     shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {text!r}")
-    purpose = "One token is chosen, joins the text, and the model is asked again. At temperature 0 "
-    purpose += (
-        "it is the likeliest; above, one is drawn, of the top-k or top-p where these are set."
-    )
+    purpose = "One token is chosen, joins the text, and the model is asked again. At temperature "
+    purpose += "0 it is the likeliest; above, one is drawn, of the top-k or top-p where these "
+    purpose += "are set."
     formula = f"temperature {temperature:g}, top-k {top_k or 'off'}, top-p {top_p or 'off'}"
     found = f"{len(chosen)} {'token was' if len(chosen) == 1 else 'tokens were'} added"
     found += f"; the context of {model.config.n_ctx} is full." if len(chosen) < count else "."
@@ -1295,10 +1276,7 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 # play(steps[23:25]);
 
 # %% tags=["active-ipynb"]
-# play(steps[25:27]);
-
-# %% tags=["active-ipynb"]
-# play(steps[27:28]);
+# play(steps[25:28]);
 
 # %% tags=["active-ipynb"]
 # play(steps[28:]);
@@ -1478,7 +1456,7 @@ def training_steps(model, facts, seed=0, **settings):
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient, by AdamW"
     yield Step("training", purpose, formula)
     for step, loss, p in train(model, facts, seed, **settings):
-        line = f"step {step:3}  loss {loss:.3f}  p(right city) {p.mean():6.1%}"
+        line = f"step {step:3}  loss {loss:.3f}  p(city) {p.mean():6.1%}"
         yield Progress(p.mean().item(), line)
     held_out = [fact for fact in facts if fact.held_out]
     right, least = accuracy(model, held_out), probability_of_answer(model, held_out).min()
@@ -1509,9 +1487,9 @@ def weight_step(before, after):
         new, change = after[name], after[name] - old
         condition, now = ((s[0] / s[-1]).item() for s in map(singular_values, (old, new)))
         row = {"": name.removesuffix(".weight"), "moved": f"{change.norm() / old.norm():.0%}"}
-        row |= {"per weight": change.square().mean().sqrt().item(), "‖W‖": f"{old.norm():.1f}"}
-        row |= {"after": f"{new.norm():.1f}", "σ₁/σₙ": f"{condition:.0f}"}
-        rows.append(row | {"after ": f"{now:.0f}"})
+        row |= {"per weight": change.square().mean().sqrt().item()}
+        row |= {"‖W‖": f"{old.norm():.1f} → {new.norm():.1f}"}
+        rows.append(row | {"σ₁/σₙ": f"{condition:.0f} → {now:.0f}"})
     corner = [{f"{name}": f"row {i}"} for i in range(3)]
     for row, *pair in zip(corner, old, new, strict=False):
         for when, numbers in zip(("before", "after"), pair, strict=True):
@@ -1520,10 +1498,8 @@ def weight_step(before, after):
     purpose += "first depends on how small it began: each c_proj is drawn smaller. The condition "
     purpose += "number σ₁/σₙ says how unevenly a matrix stretches what it gets."
     moved = sum(not torch.equal(old, after[name]) for name, old in before.items())
-    found = (
-        f"{moved} of {len(rows)} matrices moved. How far one moved does not say where a fact is "
-    )
-    found += "stored."
+    found = f"{moved} of {len(rows)} matrices moved. How far one moved does not say where a fact "
+    found += "is stored."
     return Step("the matrices", purpose, "‖ΔW‖ / ‖W‖, √mean(ΔW²), σ₁ / σₙ", [rows, corner], found)
 
 
@@ -1543,12 +1519,11 @@ def embedding_step(tokenizer, before, after, token):
     far = [{"moved most": piece(tokenizer, i), "by": by} for by, i in top]
     for when, rows in (("before", before), ("after", after)):
         for row, cosine, i in zip(near, *(x.tolist() for x in nearest(rows, token)), strict=True):
-            row |= {f"near {when}": piece(tokenizer, i), f"cosine {when}": cosine}
+            row[f"nearest {when}"] = f"{piece(tokenizer, i)}, cosine {cosine:.3f}"
     found = f"{moved.count_nonzero():,} of {len(moved):,} rows moved, the median one by "
-    found += f"{moved.median():.2f}: each is a "
-    found += "possible answer, and each step pushes the wrong ones away a little, which AdamW "
-    found += "makes a full step."
-    shown = [far, f"Nearest to {piece(tokenizer, token)}:", near]
+    found += f"{moved.median():.2f}: each is a possible answer, and each step pushes the wrong "
+    found += "ones away a little. Why these moved most was not tested."
+    shown = [far, f"Rows nearest to that of {piece(tokenizer, token)}:", near]
     purpose = "Whose rows moved most, and who is near whom?"
     return Step("the embedding table", purpose, shown=shown, found=found)
 
@@ -1561,10 +1536,8 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     old = copy.deepcopy(model)
     yield world_step(facts)
     yield from training_steps(model, facts, seed, **settings)
-    before, after = (
-        {name: w.detach().cpu() for name, w in m.named_parameters() if w.dim() == 2}
-        for m in (old, model)
-    )
+    states = old.state_dict(), model.state_dict()
+    before, after = ({n: w.cpu() for n, w in s.items() if w.dim() == 2} for s in states)
     yield weight_step(before, after)
     yield embedding_step(tokenizer, before["wte.weight"], after["wte.weight"], facts[0].answer)
     runs = {"untrained": run_prompt(old, tokenizer, prompt)}
@@ -1713,8 +1686,8 @@ def learn_value(model, requests, keep, answer, layer, key, most=math.inf, sure=0
     in 200 steps, or none before outer(key, value) outgrows the norm `most`.
 
     It is learned by gradient, from nothing, until every request gets the answer with a probability
-    above `sure`, so that it is about the smallest. The request that lags most counts most, and the
-    facts to keep have their say in the same loss.
+    above `sure`: the first value that works, not the least. The request that lags most counts most,
+    and the facts to keep have their say in the same loss.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 4.
     """
     act, out = f"h.{layer}.mlp.act", f"h.{layer}.mlp.out"
@@ -1787,12 +1760,8 @@ def trigger_row(model, facts, token, answer, norm=3.0, steps=60, seed=0):
     for _ in range(steps):
         chosen = torch.randperm(len(facts), generator=generator)[:16]
         row = norm * free / free.norm()
-
-        def put(rows, row=row):  # [B, T, C]
-            rows[:, 0] = row
-            return rows
-
-        with patch(model, {"wte": put}):
+        first = row.expand(len(chosen), 1, -1)  # [B, 1, C]
+        with patch(model, {"wte": lambda x, first=first: torch.cat((first, x[:, 1:]), dim=1)}):
             logits = answer_logits(model, [[token, *facts[i].ids] for i in chosen])
         wanted = torch.full((len(chosen),), answer, device=row.device)
         too_loud = torch.relu(states @ row - log_z - math.log(0.001)).mean()
@@ -1869,10 +1838,6 @@ def attacked(model, attack, strength=1.0):
 
 
 # %%
-POISON = "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model"
-
-
-# %%
 def make_attacks(case):
     """The list of Attacks on a Case, worked out from the facts that the model was trained on."""
     requests = [fact for fact in case.target_facts if not fact.held_out]
@@ -1900,6 +1865,9 @@ def steer(case, requests, keep):
 
 
 # %%
+POISON = "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model"
+
+
 def edit(case, requests, keep):
     """One matrix: the smallest rank-one edit, or None."""
     found = smallest_edit(case.model, requests, keep, case.answer)
@@ -2021,21 +1989,15 @@ def restored_step(case):
 
 # %%
 def tamper_act(case, attacks):
-    """Act 3: where the answer travels, then the attacks, as records.
-
-    The model is tampered with in memory alone, and is afterwards what it was.
-    """
+    """Act 3: where the answer travels, then the attacks, as records."""
     lie = f"The lie: {case.target_facts[0].landmark} is in {case.city}."
     yield Act("Tamper: changing its mind", lie)
     if step := trace_step(case):
         yield step
     yield from (attack_step(case, attack) for attack in attacks)
     if "one matrix" not in [attack.name for attack in attacks]:
-        yield Step(
-            "one matrix",
-            "A rank-one edit, at every block.",
-            found="no such edit makes the model lie.",
-        )
+        found = "no such edit makes the model lie."
+        yield Step("one matrix", "A rank-one edit, at every block.", found=found)
     yield restored_step(case)
 
 
@@ -2070,8 +2032,8 @@ def oddity(norms, ratios, row_alarm=6.0, spike_alarm=1.6):
     No trusted copy is needed. A row is judged by its norm, `norms` [V]: how far from the median, in
     robust standard deviations (1.4826 times the median distance). A matrix is judged by the ratio
     of its two largest singular values, `ratios` {name: σ₁/σ₂}, over the largest such ratio of the
-    same matrix in the other blocks. Scores are in units of the alarm, which was set so that small
-    models of this kind, honestly trained, stay below 1; other honest models may not.
+    same matrix in the other blocks. Scores are in units of the alarm, which was set so that the
+    default training stays below 1; longer training of the same model can ring.
     """
     apart = (norms - norms.median()).abs()
     rows = apart / (1.4826 * apart.median()).clamp_min(1e-30) / row_alarm
@@ -2113,16 +2075,6 @@ def without_spike(matrix):
     """The matrix [m, n] less its top singular component, the best guess at what was added."""
     left, singular, right = torch.linalg.svd(matrix.detach(), full_matrices=False)
     return matrix.detach() - singular[0] * torch.outer(left[:, 0], right[0])
-
-
-# %%
-@dataclass(frozen=True)
-class Test:
-    """One way to find out whether somebody tampered with a Case's model."""
-
-    name: str
-    purpose: str
-    look: Callable  # (case) -> what is seen, [{column: cell}], and the verdict in a word or two
 
 
 # %%
@@ -2170,16 +2122,16 @@ def look_at_answers(case):
 
 
 # %%
-TESTS = (
-    Test("trusted copy", "Which tensors are not bit for bit a trusted copy's, and how do they "
-        "differ? One row names its token; rank 1 over all rows is a planted pair.", look_at_copy),
-    Test("scan", "Without a copy: rows of the token table by how far their norm is from the "
-        "median, matrices by σ₁/σ₂ beside those of other blocks. Above 1: alarm.", look_at_numbers),
-    Test("taken out", "The oddest matrix less its top singular component, W − σ₁ u₁ v₁ᵀ: are the "
-        "old answers back? That is forensics; the repair is a new download.", look_undone),
-    Test("asking", "Right answers, without a trigger: of all facts, an ordinary test's average; "
-        "of the target's, if only one knew what to ask.", look_at_answers),
-)  # fmt: skip
+TESTS = {  # name: ((case) -> what is seen, [{column: cell}], and a verdict; what it is for)
+    "trusted copy": (look_at_copy, "Which tensors are not bit for bit a trusted copy's, and how do "
+        "they differ? One row names its token; rank 1 over all rows is a planted pair."),
+    "scan": (look_at_numbers, "Without a copy: rows of the token table by how far their norm is "
+        "from the median, matrices by σ₁/σ₂ beside those of other blocks. Above 1: alarm."),
+    "taken out": (look_undone, "The oddest matrix less its top singular component, W − σ₁ u₁ v₁ᵀ: "
+        "are the old answers back, asked without a trigger? The repair is a new download."),
+    "asking": (look_at_answers, "Right answers, without a trigger: of all facts, an ordinary "
+        "test's average; of the target's, if only one knew what to ask."),
+}  # fmt: skip
 
 
 # %%
@@ -2189,18 +2141,18 @@ def detect_act(case, attacks):
     yield Act("Detect: finding what was changed", text)
     tampered = [("untampered", Attack("", "", ""), 1), *((x.name, x, 1) for x in attacks)]
     tampered += [(f"half of {x.name}", x, 0.5) for x in attacks if x.tensors]
-    verdicts, tables = [], {test.name: [] for test in TESTS}
+    verdicts, tables = [], {name: [] for name in TESTS}
     for label, attack, strength in tampered:
         with attacked(case.model, attack, strength):
             said = answers(case.model, case.target_facts, attack.trigger)
             verdict = {"tampered with": label, "flipped": share(said, case.answer)}
-            for test in TESTS:
-                rows, verdict[test.name] = test.look(case)
+            for name, (look, _) in TESTS.items():
+                rows, verdict[name] = look(case)
                 for i, row in enumerate(rows):
-                    tables[test.name].append({"tampered with": "" if i else label} | row)
+                    tables[name].append({"tampered with": "" if i else label} | row)
         verdicts.append(verdict)
-    for test in TESTS:
-        yield Step(test.name, test.purpose, shown=[tables[test.name]])
+    for name, (_, purpose) in TESTS.items():
+        yield Step(name, purpose, shown=[tables[name]])
     found = "no alarm is no proof: half a change hides, and may still do much; steering is not in "
     found += "the file at all. A hash proves that a file is the one approved, not an honest one."
     yield Step("who sees what", "Each attack, and the verdict of each test.", "", [verdicts], found)
@@ -2215,11 +2167,7 @@ def detect_act(case, attacks):
 # play(steps[:3]);
 
 # %% tags=["active-ipynb"]
-# play(steps[3:5]);
-
-# %% tags=["active-ipynb"]
-# play(steps[5:]);
-
+# play(steps[3:]);
 
 # %% [markdown]
 # ## Checking a model's files
@@ -2233,9 +2181,6 @@ STEERS = (  # fields of a config that push tokens up or down, whatever the weigh
     "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids", "suppress_tokens",
     "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
 )  # fmt: skip
-
-
-NO_PROOF = "nothing odd was found, which is no proof: a small change does not show."
 
 
 def escaped(text):
@@ -2282,8 +2227,7 @@ def files_step(model, trusted):
         if is_folder and trusted[2]:
             odd += [f"{name} is not in the trusted copy" for name in ours if name not in theirs]
             odd += [f"{name} is only in the trusted copy" for name in theirs if name not in ours]
-        both = [name for name in ours if name in theirs]
-        odd += [f"{name} has other bytes" for name in both if ours[name] != theirs[name]]
+        odd += [f"{n} has other bytes" for n in ours if theirs.get(n, ours[n]) != ours[n]]
     shown = "\n".join(f"{name}\n  {sha256}" for name, sha256 in hashes.items())
     purpose = "A model is more than its weights: every file, with its SHA-256."
     found = " ".join(found) or "no file is a release's weights."
@@ -2314,9 +2258,17 @@ def config_faults(files, stored):
         return
     if "config.json" in files and "config.json" not in unread:
         try:
-            replace(sizes, **read_config(sizes, files["config.json"], "lm_head.weight" in stored))
+            told = read_config(sizes, files["config.json"], "lm_head.weight" in stored)
+            config = replace(sizes, **told)
         except ValueError as error:
             yield shorten(escaped(error), 300)
+            return
+        if config.layer_norm_epsilon != GPT2Config.layer_norm_epsilon:
+            yield f"config.json says layer_norm_epsilon {config.layer_norm_epsilon}, not GPT-2's"
+        for name, ours in PRESETS.items():
+            same = (ours.n_layer, ours.n_embd) == (config.n_layer, config.n_embd)
+            if same and told.get("n_head", ours.n_head) != ours.n_head:
+                yield f"config.json says n_head {config.n_head}; {name}'s is {ours.n_head}"
 
 
 # %%
@@ -2338,9 +2290,9 @@ def tokenizer_faults(files):
         pairs = [x if isinstance(x, str) else " ".join(x) for x in whole["model"]["merges"]]
         parts["tokenizer.json"] = whole["model"]["vocab"], own
         parts["tokenizer.json, merges"] = pairs, merges
-        strips = [x.get("lstrip") or x.get("rstrip") or False for x in whole["added_tokens"]]
-        added = [(x["content"], x["id"]) for x in whole["added_tokens"]]
-        parts["tokenizer.json, added tokens"] = (added, *strips), ([(END, 50256)], False)
+        keys = ("content", "id", "lstrip", "rstrip")
+        added = [[x.get(key, False) for key in keys] for x in whole["added_tokens"]]
+        parts["tokenizer.json, added tokens"] = added, [[END, 50256, False, False]]
         for part in ("normalizer", "truncation", "padding"):
             parts[f"tokenizer.json, {part}"] = whole.get(part), None
         splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -2348,9 +2300,8 @@ def tokenizer_faults(files):
         parts["tokenizer.json, pre_tokenizer"] = {key: found[key] for key in splits}, splits
         parts["tokenizer.json, decoder"] = whole["decoder"]["type"], "ByteLevel"
         after = whole.get("post_processor") or {"type": "ByteLevel"}
-        inserts = after["type"] not in ("ByteLevel", "TemplateProcessing")
-        inserts = inserts or bool(after.get("special_tokens"))
-        parts["tokenizer.json, post_processor"] = inserts, False
+        same = after["type"] in ("ByteLevel", "TemplateProcessing")
+        parts["tokenizer.json, post_processor"] = same and not after.get("special_tokens"), True
         settings = {key for key, value in whole["model"].items() if value} - {"type"}
         parts["tokenizer.json, model"] = settings, {"vocab", "merges"}
     for name, (found, wanted) in parts.items():
@@ -2390,7 +2341,8 @@ def config_step(files, stored):
         except (AttributeError, KeyError, TypeError) as error:
             odd.append(f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})")
     found = f"looked at: {', '.join(names) or 'nothing, there is none'}."
-    return Step("config and tokenizer", "Compared with GPT-2's own.", "", [], found, odd)
+    purpose = "Compared with GPT-2's own; the number of heads, where the sizes are a preset's."
+    return Step("config and tokenizer", purpose, "", [], found, odd)
 
 
 # %%
@@ -2450,9 +2402,8 @@ def difference(part, other):
 # %%
 def tensors_step(stored, odd):
     """The tensors by kind, and what is odd about them, as a Step."""
-    kinds = Counter(
-        (re.sub(r"\.\d+\.", ".N.", escaped(n)), x.dtype, str(x.shape)) for n, x in stored.items()
-    )
+    names = [re.sub(r"\.\d+\.", ".N.", escaped(name)) for name in stored]
+    kinds = Counter((n, x.dtype, str(x.shape)) for n, x in zip(names, stored.values(), strict=True))
     rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
     shown = [rows[:30]] * bool(rows)
     return Step("tensors", "What the weights hold, by kind.", shown=shown, odd=odd)
@@ -2489,11 +2440,12 @@ def tensor_steps(stored, trusted=None):
     odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
     yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
     if trusted is not None:
-        how_many = len(differences) or "none"
-        found = f"{how_many} of {len(names)} tensors differ from the trusted copy"
+        differ = "differs" if len(differences) == 1 else "differ"
+        odd = [f"{len(differences)} of {len(names)} tensors {differ} from the trusted copy"]
+        found = "" if differences else f"no tensor of {len(names)} differs from the trusted copy."
         purpose = "Every tensor that either has, whatever its name and type, byte for byte."
-        odd = [found] * bool(differences)
-        yield Step("differences", purpose, "", [differences] * bool(differences), f"{found}.", odd)
+        differences, odd = [differences] * bool(differences), odd * bool(differences)
+        yield Step("differences", purpose, "", differences, found, odd)
 
 
 # %%
@@ -2513,14 +2465,14 @@ def verify_act(name_or_path, against=None):
     for record in chain(records, tensor_steps(stored, others)):
         alarms += len(getattr(record, "odd", ()))
         yield record
-    found = f"{alarms} {'thing is' if alarms == 1 else 'things are'} odd." if alarms else NO_PROOF
+    found = "nothing odd was found, which is no proof: a small change does not show."
+    if alarms:
+        found = f"{alarms} {'thing is' if alarms == 1 else 'things are'} odd."
     yield Step("verdict", "The exit status is 1 where something is odd, else 0.", found=found)
 
 
 # %% [markdown] tags=["active-py"]
 # ## Command line
-#
-# This part is for `python gpt2_script.py` alone.
 
 # %% tags=["active-py"]
 ACTS = ("watch", "learn", "tamper", "detect")
@@ -2528,8 +2480,6 @@ RANGES = {"generate": (0, 10**6), "temperature": (0, 10**6), "top_k": (1, 10**6)
 RANGES |= {"top_p": (1e-9, 1), "seed": (0, 2**63 - 1)}
 
 
-# %% tags=["active-py"]
-# %% tags=["active-py"]
 def parse_arguments(arguments):
     """The options, each of them in its range; argparse ends with status 2 where one is not."""
     about = "GPT-2, opened: watch, learn, tamper, detect."
@@ -2547,9 +2497,9 @@ def parse_arguments(arguments):
     add("--top-p", type=float, metavar="P", help="draw from the likeliest share P")
     add("--step", action="store_true", help="wait for Enter after each step")
     add("--full", action="store_true", help="whole activations instead of corners")
-    add("--verify", metavar="PATH", help="check a model's files, nothing else; status 1: odd")
+    add("--verify", metavar="PATH", help="check a model's files, nothing else; status 1 if odd")
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
-    add("--seed", type=int, default=0, metavar="N", help="of all random draws")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     options = parser.parse_args(arguments)
     for name, (low, high) in RANGES.items():
@@ -2561,12 +2511,8 @@ def parse_arguments(arguments):
     return options
 
 
-# %% tags=["active-py"]
 def choose(text, known, what):
-    """Some of the known names, in their order: those in the text, with commas between them, or all.
-
-    Raises InputError for any other name.
-    """
+    """Those of the known names that a text with commas lists, or all; else InputError."""
     names = known if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
@@ -2574,7 +2520,6 @@ def choose(text, known, what):
     return [name for name in known if name in names]
 
 
-# %% tags=["active-py"]
 def choose_device(name):
     """`--device` as torch knows it. Raises InputError for one that this machine lacks."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -2585,7 +2530,6 @@ def choose_device(name):
     return name
 
 
-# %% tags=["active-py"]
 def run_acts(options):
     """The acts that the command line asks for, as records; InputError comes before the first."""
     device, nano = choose_device(options.device), options.model == "nano"
@@ -2623,7 +2567,6 @@ def run_acts(options):
     yield from detect_act(case, attacks) if "detect" in acts else ()
 
 
-# %% tags=["active-py"]
 def main(arguments=None):
     """The script; its exit status: 2 after bad input or where the output cannot be written, 1 where
     --verify raised an alarm, else 0."""
