@@ -1490,7 +1490,7 @@ def weight_step(before, after):
         row |= {"per weight": change.square().mean().sqrt().item()}
         row |= {"‖W‖": f"{old.norm():.1f} → {new.norm():.1f}"}
         rows.append(row | {"σ₁/σₙ": f"{condition:.0f} → {now:.0f}"})
-    corner = [{f"{name}": f"row {i}"} for i in range(3)]
+    corner = [{name.removesuffix(".weight"): f"row {i}"} for i in range(3)]
     for row, *pair in zip(corner, old, new, strict=False):
         for when, numbers in zip(("before", "after"), pair, strict=True):
             row[f"columns 0 to 2, {when}"] = " ".join(f"{x:.3f}" for x in numbers[:3].tolist())
