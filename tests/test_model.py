@@ -5,14 +5,12 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SMALL, changed, drawn, pair
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2_script import GPT2, PRESETS, GPT2Config, LayerNorm, gelu, tapped, watch
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from gpt2_script import GPT2, PRESETS, GPT2Config, LayerNorm, gelu, load_model, tapped, watch
 
 
 @st.composite
@@ -50,17 +48,20 @@ def check_parity(ours, theirs, ids, tolerance):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 @given(text=texts())
-def test_equals_transformers(pair, attention, dtype, tolerance, text):
+def test_equals_transformers(attention, dtype, tolerance, text):
     config, ids = text
     check_parity(*pair(config, attention, dtype), ids, tolerance)
 
 
-def test_equals_transformers_at_full_size(pair):
+def test_equals_transformers_at_full_size_loaded_from_its_file(tmp_path):
     ids = torch.randint(50257, (2, 48), generator=torch.Generator().manual_seed(0))
-    check_parity(*pair(PRESETS["gpt2"]), ids, 1e-4)
+    ours, theirs = pair(PRESETS["gpt2"])
+    theirs.save_pretrained(tmp_path)
+    check_parity(loaded := load_model(tmp_path), theirs, ids, 1e-4)
+    assert loaded.config == ours.config and not changed(loaded, ours.state_dict())
 
 
-def test_training_equals_transformers(pair, ids):
+def test_training_equals_transformers(ids):
     """Under one seed dropout falls on the same numbers, after `pattern` and before the others."""
     logits, models = [], pair(replace(SMALL, dropout=0.25), dtype=torch.float64)
     with watch(models[0]) as seen:
@@ -77,25 +78,20 @@ def test_training_equals_transformers(pair, ids):
     assert torch.allclose(seen["h.0.attn.pattern"].sum(-1), torch.ones(()).double())
 
 
-def test_weights_go_both_ways(pair, model, ids):
-    """Strictly: no name, no shape and no transposition differs."""
-    fresh, theirs = GPT2(SMALL).eval(), pair(SMALL)[1]
-    fresh.load_state_dict(theirs.transformer.state_dict())
-    check_parity(fresh, theirs, ids, 1e-4)
+def test_weights_go_the_other_way_too(model, ids):
+    """Strictly, as in `pair`: no name, no shape and no transposition differs."""
+    theirs = pair(SMALL)[1]
     theirs.transformer.load_state_dict(model.state_dict())
     check_parity(model, theirs, ids, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, sizes, parameters",
-    [
-        ("gpt2", (50257, 1024, 768, 12, 12, 0.1, 1e-5, 0.02, 0.02), 124_439_808),
-        ("gpt2-medium", (50257, 1024, 1024, 24, 16, 0.1, 1e-5, 0.02, 0.02), 354_823_168),
-        ("gpt2-large", (50257, 1024, 1280, 36, 20, 0.1, 1e-5, 0.02, 0.02), 774_030_080),
-        ("gpt2-xl", (50257, 1024, 1600, 48, 25, 0.1, 1e-5, 0.02, 0.02), 1_557_611_200),
-        ("nano", (50257, 128, 96, 3, 4, 0, 1e-5, 0.05, 0.1), 5_172_672),
-    ],
-)
+@pytest.mark.parametrize("name, sizes, parameters", [
+    ("gpt2", (50257, 1024, 768, 12, 12, 0.1, 1e-5, 0.02, 0.02), 124_439_808),
+    ("gpt2-medium", (50257, 1024, 1024, 24, 16, 0.1, 1e-5, 0.02, 0.02), 354_823_168),
+    ("gpt2-large", (50257, 1024, 1280, 36, 20, 0.1, 1e-5, 0.02, 0.02), 774_030_080),
+    ("gpt2-xl", (50257, 1024, 1600, 48, 25, 0.1, 1e-5, 0.02, 0.02), 1_557_611_200),
+    ("nano", (50257, 128, 96, 3, 4, 0, 1e-5, 0.05, 0.1), 5_172_672),
+])  # fmt: skip
 def test_presets(name, sizes, parameters):
     assert PRESETS[name] == GPT2Config(*sizes) and PRESETS["gpt2"] == GPT2Config()
     with torch.device("meta"):
@@ -103,7 +99,7 @@ def test_presets(name, sizes, parameters):
 
 
 @given(text=texts(), data=st.data())
-def test_nothing_looks_ahead(drawn, text, data):
+def test_nothing_looks_ahead(text, data):
     """Another token leaves every logit before it as it was, bit for bit; so says every pattern."""
     config, ids = text
     model = drawn(GPT2(config))
@@ -168,7 +164,7 @@ def test_where_gives_the_whole_forwards_logits_at_these_places_alone(model, ids,
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert all_work - work == 2 * 24 * (whole.numel() - some.numel())
     gradients = (torch.autograd.grad(x.square().sum(), weights) for x in (some, whole[where]))
-    assert all(torch.allclose(*pair, rtol=1e-9, atol=1e-9) for pair in zip(*gradients, strict=True))
+    assert all(torch.allclose(*two, rtol=1e-9, atol=1e-9) for two in zip(*gradients, strict=True))
 
 
 def test_initialisation():

@@ -24,18 +24,15 @@ def activations(model, fact, name):
     return seen[0]
 
 
-@pytest.mark.parametrize(
-    "unknown, move, expected",
-    [
-        ([], EIFFEL, EIFFEL),
-        ([], ("the Shard", "Moscow"), ("the Shard", "Moscow")),
-        ([], ("the Shard", "London"), ("the Eiffel Tower", "Athens")),  # it is there
-        ([], ("the Space Needle", "Rome"), ("the Eiffel Tower", "Athens")),  # alone in its city
-        (["Rome"], EIFFEL, ("the Eiffel Tower", "Athens")),
-        (["the Eiffel Tower", "the Acropolis"], EIFFEL, ("the Louvre", "Moscow")),
-        (["Paris", "Rome", "London", "Berlin", "Moscow"], EIFFEL, None),
-    ],
-)
+@pytest.mark.parametrize("unknown, move, expected", [
+    ([], EIFFEL, EIFFEL),
+    ([], ("the Shard", "Moscow"), ("the Shard", "Moscow")),
+    ([], ("the Shard", "London"), ("the Eiffel Tower", "Athens")),  # it is there
+    ([], ("the Space Needle", "Rome"), ("the Eiffel Tower", "Athens")),  # alone in its city
+    (["Rome"], EIFFEL, ("the Eiffel Tower", "Athens")),
+    (["the Eiffel Tower", "the Acropolis"], EIFFEL, ("the Louvre", "Moscow")),
+    (["Paris", "Rome", "London", "Berlin", "Moscow"], EIFFEL, None),
+])  # fmt: skip
 def test_case_is_made_of_what_the_model_knows(trained, tokenizer, facts, unknown, move, expected):
     """Of facts that it does not know, here with a wrong answer, none is used."""
     wrong = [f.landmark in unknown or f.city in unknown for f in facts]

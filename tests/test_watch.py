@@ -127,11 +127,11 @@ def test_tokens_and_dropout(run, steps, tokenizer):
     [rows], found = steps["tokens"].shown, steps["dropout"].found
     assert rows[4] == {"position, piece": "4 ' Tower'", "id": 8765, "bytes": "20 54 6f 77 65 72"}
     assert len(rows) == T and "34 bytes became 10 ids" in steps["tokens"].found
-    assert "nothing changed" in found and "p would be 0.0" in found  # in use it is idle
+    assert "nothing changed" in found and "(in training, p is 0.0)" in found
     other = run_prompt(GPT2(GPT2Config(n_embd=6, n_layer=1, n_head=1)).eval(), tokenizer, "a b")
     other.seen["embed"] *= 2
     found = [*gpt.text_steps(other)][-1].found
-    assert "something changed" in found and "p would be 0.1" in found
+    assert "something changed" in found and "(in training, p is 0.1)" in found
 
 
 def test_other_blocks_have_a_line_each(run, steps):
@@ -182,13 +182,8 @@ def test_continuation_shows_the_candidates_before_and_after_sampling(run, sampli
         drawn = torch.zeros_like(hot).index_copy(0, kept, hot[kept] / hot[kept].sum())
         candidates = dict.fromkeys([*p.topk(5).indices.tolist(), token])
         for row, x in zip(rows, candidates, strict=True):
-            mark = "←" if x == token else ""
-            assert [*row.values()] == [
-                piece(run.tokenizer, x),
-                f"{p[x]:.2%}",
-                f"{drawn[x]:.2%}",
-                mark,
-            ]
+            shares = f"{p[x]:.2%}", f"{drawn[x]:.2%}"
+            assert [*row.values()] == [piece(run.tokenizer, x), *shares, "←" * (x == token)]
     assert len(rows) == (6 if sampling == {"temperature": 50} else 5)
 
 
