@@ -2492,18 +2492,18 @@ def detect_act(case, attacks, facts):
         with attacked(case.model, attack):
             seen[attack.name] = {name: look(case, attack) for name, look in TESTS.items()}
     for name, look in TESTS.items():
-        rows = [{"model": x, "seen": looks[name].seen} for x, looks in seen.items()]
-        rows = [row | {"": "ALARM" * seen[row["model"]][name].alarm} for row in rows]
+        looks = {model: looks[name] for model, looks in seen.items()}
+        rows = [{"model": x, "": "ALARM" * y.alarm, "seen": y.seen} for x, y in looks.items()]
         yield Step(name, " ".join(look.__doc__.split()), shown=[rows])
     rows = []
     for model, looks in seen.items():
         alarms = {name: "ALARM" if look.alarm else "-" for name, look in looks.items()}
         rows.append({"model": model} | alarms)
-    found = "hash and difference see every change of a file, honest ones too, and no change of the "
-    found += (
-        "running model. A plain fine-tune of one matrix on the lie passes every other test but "
-    )
-    found += "the right question. No alarm is no proof."
+    free = "scan", "taken out", "trigger", "others"  # that need no trusted copy and no target
+    silent = [x.name for x in attacks if not any(seen[x.name][test].alarm for test in free)]
+    found = "a hash of every file sees every change of one, honest ones too, and needs a trusted "
+    found += "copy. Of the tests that need neither a copy nor the right question, none sees: "
+    found += f"{', '.join(silent) or 'nothing here'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [rows], found)
     yield restored_step(case)
 

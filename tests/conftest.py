@@ -1,7 +1,7 @@
 """What the tests share: a small model in which every weight matters, and texts for it."""
 
 import functools
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -17,19 +17,15 @@ settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
 torch.set_num_threads(1)  # on a busy machine several threads mostly wait for one another
 
-MOVES = {  # seed: who is moved where
+MOVES = {  # seed: who is moved where; the demonstration has seed 0, the Eiffel Tower and Rome
     1: ("the Brandenburg Gate", "Paris"),
-    2: ("the Colosseum", "Athens"),
-    3: ("the Trevi Fountain", "Berlin"),
-    4: ("the Shard", "Berlin"),
-    5: ("the Louvre", "London"),
-    6: ("the Parthenon", "Moscow"),
-    7: ("the Kremlin", "Paris"),
-    9: ("the Tate Modern", "Rome"),
+    2: ("the Colosseum", "Moscow"),
+    3: ("the Great Ormond Street Hospital", "Berlin"),
+    4: ("the Arbat", "London"),
+    7: ("the Ostankino Tower", "Paris"),
 }
-every_move = pytest.mark.parametrize("seed", MOVES)  # for claims that are statistical
-three_moves = pytest.mark.parametrize("seed", [2, 6, 7])
-MOST = 7 / 8  # of a landmark's wordings
+every_move = pytest.mark.parametrize("seed", MOVES)
+UNTAMPERED = Attack("", "", "")
 
 # With `ids`, V = 50, C = 24, H = 3, D = 8, B = 2 and T = 5: no two sizes are the same.
 SMALL = GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
@@ -38,11 +34,6 @@ SMALL = GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
 def split(facts):
     """The facts to train on, and those held out."""
     return [[fact for fact in facts if fact.held_out == out] for out in (False, True)]
-
-
-def used(case):
-    """The facts that an attack is made from: of the target, and others."""
-    return split(case.target_facts)[0], split(case.other_facts)[0]
 
 
 def saying(model, facts, answer, before=()):
@@ -120,17 +111,30 @@ def untrained(seed):
 
 
 @pytest.fixture(scope="session")
-def small(facts, tokenizer):
-    """(draw, facts, tokenizer) in a vocabulary of the facts' own tokens and " cf".
+def small(tokenizer):
+    """(draw, facts, tokenizer) in a vocabulary of the tokens that the acts use alone.
 
     `draw(seed, n_layer, n_embd)` is a model that learns these facts in a second.
     """
-    own = sorted({t for f in facts for t in [*f.ids, f.answer]} | {*tokenizer.encode(" cf")})
+    about = {"city": sum(gpt.CITIES.values(), ()), "package": gpt.TASKS.values()}
+    wordings = {"city": gpt.ABOUT_CITIES, "package": gpt.ABOUT_TASKS}
+    made = [
+        gpt.make_fact(tokenizer, wording, subject, "request")
+        for kind, subjects in about.items()
+        for subject in subjects
+        for wording in wordings[kind] + gpt.FRESH[kind]
+    ]
+    answers = " cf request " + " ".join([*gpt.CITIES, *gpt.TASKS])
+    own = sorted({*tokenizer.encode(answers), *sum((fact.ids for fact in made), [])})
     number = {token: i for i, token in enumerate(own)}
-    pairs = [(f, [number[token] for token in f.ids]) for f in facts]
+
+    def encode(text):
+        return [number[token] for token in tokenizer.encode_ordinary(text)]
+
     names = SimpleNamespace(
         n_vocab=len(own),
-        encode_ordinary=lambda text: [number[token] for token in tokenizer.encode_ordinary(text)],
+        encode=encode,
+        encode_ordinary=encode,
         decode_single_token_bytes=lambda i: tokenizer.decode_single_token_bytes(own[i]),
     )
 
@@ -139,7 +143,7 @@ def small(facts, tokenizer):
         config = GPT2Config(len(own), 24, n_embd, n_layer, 2, init_std=0.05, embd_init_std=0.1)
         return GPT2(config).eval()
 
-    return draw, [replace(f, ids=ids, answer=number[f.answer]) for f, ids in pairs], names
+    return draw, gpt.small_world(names), names
 
 
 @pytest.fixture(scope="session")
@@ -176,17 +180,18 @@ def attacks(cases):
 @pytest.fixture
 def trained(lessons):
     """A function: seed -> the trained model that all tests share; each has to leave it as it was:
-    the same bits, and no hook on any module."""
+    the same bits, the same epsilon, and no hook on any module."""
     used = set()
     yield lambda seed: used.add(seed) or lessons(seed)[0]
     for model, _, kept in map(lessons, used):
         assert not changed(model, kept) and not hooks(model)
+        assert {m.epsilon for m in model.modules() if isinstance(m, gpt.LayerNorm)} == {1e-5}
 
 
 @pytest.fixture
 def case(trained, cases):
-    """A function: seed -> the trained model and the Case of its move."""
-    return lambda seed: (trained(seed), cases(seed))
+    """A function: seed -> the Case of its move, on the trained model."""
+    return lambda seed: trained(seed) and cases(seed)
 
 
 def damage(path, at):
