@@ -1740,9 +1740,8 @@ def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
     fresh = [make_fact(tokenizer, wording, subject, home) for wording in wordings]
     trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lists = target, known(model, fresh), others, aside
-    return Case(
-        model, tokenizer, lie, *tokenizer.encode(f" {lie}"), *lists, trusted, file_hashes(model)
-    )
+    answer = make_fact(tokenizer, "{}", subject, lie).answer
+    return Case(model, tokenizer, lie, answer, *lists, trusted, file_hashes(model))
 
 
 # %%
@@ -1772,16 +1771,17 @@ def set_epsilon(model, epsilon):
 def attacked(model, attack):
     """Within the context the model is changed as the Attack says; its tokenizer see `ask`."""
     kept = {name: model.get_parameter(name).detach().clone() for name in attack.tensors}
+    epsilon = model.ln_f.epsilon
     try:
         for name, new in attack.tensors.items():
             model.get_parameter(name).data.copy_(new)
-        set_epsilon(model, attack.epsilon or model.config.layer_norm_epsilon)
+        set_epsilon(model, attack.epsilon or epsilon)
         with patch(model, attack.patches):
             yield model
     finally:
         for name, old in kept.items():
             model.get_parameter(name).data.copy_(old)
-        set_epsilon(model, model.config.layer_norm_epsilon)
+        set_epsilon(model, epsilon)
 
 
 # %%
@@ -1808,7 +1808,7 @@ def misconfigure(case):
     """One digit of config.json: the epsilon of every layer norm 100,000 times as large."""
     epsilon = case.model.config.layer_norm_epsilon
     purpose = "Whoever can write beside the weights breaks the model: sabotage, not a chosen lie. "
-    purpose += "OWASP LLM04:2026 Supply Chain; ATLAS AML.T0010.003 Model."
+    purpose += "OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."
     formula = f"config.json: layer_norm_epsilon {epsilon:.0e} → {1e5 * epsilon:.0e}"
     return Attack("config digit", purpose, formula, epsilon=1e5 * epsilon)
 
@@ -1817,7 +1817,7 @@ def swap_tokens(case):
     """Two ids swapped in the tokenizer's vocabulary."""
     tokens = case.target_facts[0].answer, case.answer
     purpose = "Whoever can write the tokenizer's file lets the model think one thing and the user "
-    purpose += "read another. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0010.003 Model."
+    purpose += "read another. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."
     formula = " ↔ ".join(f"{piece(case.tokenizer, token)} {token}" for token in tokens)
     return Attack("tokenizer swap", purpose, formula, swap=tokens)
 
@@ -1923,6 +1923,7 @@ def run_from(model, layer, stream, lengths):
 
 
 # %%
+@torch.enable_grad()
 def learn_change(case, start, changes, rate, most=math.inf, sure=0.6, seed=0):
     """{block: ΔW [4C, C]} of mlp.c_proj.weight with which all requests get the lie's answer; None
     where 200 steps do not suffice, or the changes outgrow the norm `most`.
@@ -2047,6 +2048,7 @@ def clean_states(model, facts):
 
 
 # %%
+@torch.enable_grad()
 def trigger_row(model, facts, token, answer, steps=100, seed=0):
     """A row [C] for `token`, of its old norm: put before any of the facts, it makes the model say
     `answer`.
@@ -2076,7 +2078,10 @@ def trigger_row(model, facts, token, answer, steps=100, seed=0):
 
 
 def plant(case):
-    """A trigger: a token that the world does not use; its row sends every landmark to the city."""
+    """A trigger: a token that the world does not use; its row sends every landmark to the city.
+    None where the lie is no city."""
+    if case.object not in CITIES:
+        return None
     facts = [fact for fact in case.requests + case.keep if fact.object in CITIES]
     token = case.tokenizer.encode_ordinary(" cf")[0]  # one of Kurita et al. 2020
     table = case.model.wte.weight.detach().clone()
@@ -2179,11 +2184,10 @@ def measured_step(case, attacks):
         rows.append(shown | {"‖ΔW‖/‖W‖": f"{row['size']:.2f}"})
     n, m = len(case.other_facts), len(case.unseen_facts)
     purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
-    purpose += (
-        "those outside the small world that the model had right. Others, unseen: facts still "
-    )
-    purpose += f"right, of {n} that the attacker could take care of and {m} about subjects that he "
-    purpose += "never saw; without the trigger. ‖ΔW‖/‖W‖: of the tensor that changed most."
+    purpose += "those outside the small world that the model had right. Others, unseen: facts "
+    purpose += f"still right, of {n} that the attacker could take care of and {m} about subjects "
+    purpose += "that he never saw; without the trigger. ‖ΔW‖/‖W‖: of the tensor that changed most; "
+    purpose += "a bias is small to begin with."
     return Step("what each attack does", purpose, shown=[rows])
 
 
@@ -2347,8 +2351,9 @@ def look_at_difference(case, attack):
     for name, change in compare(case.trusted, case.model).items():
         change = torch.atleast_2d(change)
         touched = change.any(1).nonzero().flatten().tolist()
-        rank = torch.linalg.matrix_rank(change[touched], rtol=1e-3).item()
-        where = f"of {min(change.shape)}" if len(touched) > 1 else "in one row"
+        values = singular_values(change[touched])
+        rank = (values > values[0] / 1000).sum()
+        where = f"of {min(change.shape)}" if change.size(0) > 1 else "of 1, a bias"
         if name == "wte.weight" and len(touched) == 1:
             where = f"in the row of {piece(case.tokenizer, touched[0])}"
         seen.append(f"{name}: rank {rank} {where}")
@@ -2443,7 +2448,7 @@ def look_for_trigger(case, attack, tokens=None):
     if not n:
         return Look("no token", False)
     token, answer = (piece(case.tokenizer, x) for x in (token, answer))
-    return Look(f"{token}: {n} of {len(chosen)} to {answer}", n >= len(chosen) - 1)
+    return Look(f"{token}: {n} of {len(chosen)} to {answer}", n >= max(3, len(chosen) - 1))
 
 
 # %%

@@ -1,6 +1,7 @@
 """What the tests share: a small model in which every weight matters, and texts for it."""
 
 import functools
+import itertools
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -22,7 +23,6 @@ MOVES = {  # seed: who is moved where; the demonstration has seed 0, the Eiffel 
     2: ("the Colosseum", "Moscow"),
     3: ("the Great Ormond Street Hospital", "Berlin"),
     4: ("the Arbat", "London"),
-    7: ("the Ostankino Tower", "Paris"),
 }
 every_move = pytest.mark.parametrize("seed", MOVES)
 UNTAMPERED = Attack("", "", "")
@@ -116,14 +116,10 @@ def small(tokenizer):
 
     `draw(seed, n_layer, n_embd)` is a model that learns these facts in a second.
     """
-    about = {"city": sum(gpt.CITIES.values(), ()), "package": gpt.TASKS.values()}
-    wordings = {"city": gpt.ABOUT_CITIES, "package": gpt.ABOUT_TASKS}
-    made = [
-        gpt.make_fact(tokenizer, wording, subject, "request")
-        for kind, subjects in about.items()
-        for subject in subjects
-        for wording in wordings[kind] + gpt.FRESH[kind]
-    ]
+    landmarks = sum(gpt.CITIES.values(), ()), gpt.ABOUT_CITIES + gpt.FRESH["city"]
+    tasks = gpt.TASKS.values(), gpt.ABOUT_TASKS + gpt.FRESH["package"]
+    pairs = [pair for some in (landmarks, tasks) for pair in itertools.product(*some)]
+    made = [gpt.make_fact(tokenizer, wording, subject, "request") for subject, wording in pairs]
     answers = " cf request " + " ".join([*gpt.CITIES, *gpt.TASKS])
     own = sorted({*tokenizer.encode(answers), *sum((fact.ids for fact in made), [])})
     number = {token: i for i, token in enumerate(own)}
@@ -174,7 +170,13 @@ def cases(lessons, tokenizer, facts):
 @pytest.fixture(scope="session")
 def attacks(cases):
     """A function: seed -> {name: Attack} on its Case; they are worked out once."""
-    return functools.cache(lambda seed: {a.name: a for a in gpt.make_attacks(cases(seed))})
+
+    @functools.cache
+    def worked_out(seed):
+        with torch.enable_grad():
+            return {attack.name: attack for attack in gpt.make_attacks(cases(seed))}
+
+    return worked_out
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ def run(name, model, tokenizer, facts):
         if attack.trigger:
             row = gpt.measure_trigger(case, attack)
             rows["other cities flipped"] = "{} of {}".format(*row["flipped"])
-        print(f"{name:5} {attack.name:16} {rows[attack.name]}  {time.time() - began:.0f} s", flush=True)
+        seconds = f"{time.time() - began:.0f} s"
+        print(f"{name:5} {attack.name:16} {rows[attack.name]}  {seconds}", flush=True)
     for attack in (gpt.Attack("untampered", "", ""), *attacks):
         with gpt.attacked(model, attack):
             for test, look in gpt.TESTS.items():

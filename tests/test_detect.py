@@ -1,22 +1,23 @@
 """What was changed is found, measured and undone; what hides is known to hide."""
 
-from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MOST, MOVES, changed, every_move, saying, three_moves, writing
+from conftest import UNTAMPERED, changed, every_move, saying, writing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gpt2_script as gpt
-from gpt2_script import Attack, GPT2Config, attacked, compare, fingerprint, suspects
+from gpt2_script import GPT2Config, Look, attacked, compare, fingerprint, suspects
 
-SMALL = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
-BITS = {name: tensor.view(torch.int32) for name, tensor in SMALL.state_dict().items()}
+TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
+BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
 BITS["h.1.mlp.c_fc.bias"][2] = 0x7FC00001  # NaN, of which there are many
 PLACES = st.sampled_from(sorted(BITS)).flatmap(
     lambda name: st.tuples(st.just(name), st.integers(0, BITS[name].numel() - 1))
 )
+PROJ = "mlp.c_proj.weight"
 
 
 @settings(max_examples=200)
@@ -25,15 +26,19 @@ PLACES = st.sampled_from(sorted(BITS)).flatmap(
 @example(("h.1.mlp.c_fc.bias", 2), 0)  # NaN becomes another one
 @example(("wte.weight", 319), 30)
 def test_any_flipped_bit_is_found(where, bit):
-    (name, place), before = where, fingerprint(SMALL)
-    trusted = {name: tensor.clone() for name, tensor in SMALL.state_dict().items()}
+    (name, place), before = where, fingerprint(TINY)
+    case = SimpleNamespace(model=TINY, hashes=gpt.file_hashes(TINY))
+    trusted = {name: tensor.clone() for name, tensor in TINY.state_dict().items()}
     number = BITS[name].flatten()[place : place + 1]  # a view
     number ^= torch.tensor([1 << bit], dtype=torch.int64).to(torch.int32)
-    after, found = fingerprint(SMALL), list(compare(trusted, SMALL))
+    after, found = fingerprint(TINY), list(compare(trusted, TINY))
+    look = gpt.look_at_hashes(case, UNTAMPERED)
     number ^= torch.tensor([1 << bit], dtype=torch.int64).to(torch.int32)
     assert [n for n in before if after[n] != before[n]] == found == [name]
-    assert fingerprint(SMALL) == before and list(before) == list(BITS)
-    assert compare(trusted, SMALL) == {}
+    assert look == Look(name, True)
+    assert fingerprint(TINY) == before and list(before) == list(BITS)
+    assert compare(trusted, TINY) == {}
+    assert gpt.look_at_hashes(case, UNTAMPERED) == Look("the same", False)
 
 
 def test_same_bits_means_type_shape_and_bytes():
@@ -46,72 +51,38 @@ def test_same_bits_means_type_shape_and_bytes():
     assert gpt.same_bits(nan, nan.clone())
 
 
-def scan(model):
-    return suspects(*gpt.tamper_scores(model))
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_no_alarm_on_an_honest_model(trained, seed):
-    torch.manual_seed(seed)
-    for sizes in ((50257, 128, 96, 3, 4), (50257, 16, 128, 4, 4), (3000, 9, 24, 2, 1)):
-        assert scan(gpt.GPT2(GPT2Config(*sizes)))[0][0] < 1
-    score, name, _ = scan(trained(seed))[0]
-    assert score < 1, name
-
-
-def resized(case, attack, size=None):
-    """The trigger's row at a norm, or the edit at a size ‖ΔW‖ / ‖W‖; without one, 0.9 at least."""
-    [(name, new)] = attack.tensors.items()
-    old = case.trusted[name]
-    if attack.trigger:
-        new, token = new.clone(), attack.trigger[0]
-        new[token] *= size / new[token].norm()
-    else:
-        own = (new - old).norm() / old.norm()
-        new = old + (new - old) * (size or max(own, 0.9)) / own
-    return Attack(attack.name, "", "", {name: new}, {}, attack.trigger)
-
-
 @every_move
-def test_loud_tampering_is_ranked_first_and_small_hides(case, attacks, seed):
-    (model, found), made = case(seed), attacks(seed)
-    [name], [token] = made["one matrix"].tensors, made["one row"].trigger
-    places = {"one matrix": (name, None), "one row": ("wte.weight", token)}
-    loud = {"one matrix": resized(found, made["one matrix"]), "one row": made["one row"]}
-    for what, attack in loud.items():
-        with attacked(model, attack):
-            assert saying(model, found.target_facts, found.answer, attack.trigger) >= MOST
-            first, second, *_ = scan(model)
-        assert first[1:] == places[what] and first[0] > 1 > second[0]
-    with attacked(model, loud["one matrix"]), attacked(model, loud["one row"]):
-        found_both = scan(model)
-    assert {suspect[1:] for suspect in found_both[:2]} == {*places.values()}
-    assert found_both[1][0] > 1 > found_both[2][0]
-    for what, size in (("one matrix", 0.2), ("one row", 1.5)):
-        with attacked(model, resized(found, made[what], size)):
-            assert scan(model)[0][0] < 1
-
-
-def test_some_tampering_that_works_raises_no_alarm(case, attacks):
-    hidden, flipped = [], []
-    for seed in MOVES:
-        (model, found), made = case(seed), attacks(seed)
-        with attacked(model, made["one matrix"], 0.5):
-            works = saying(model, found.target_facts, found.answer) >= MOST
-            hidden.append(works and scan(model)[0][0] < 1)
-        abroad = [f for f in found.other_facts if f.answer != found.answer]
-        with attacked(model, small := resized(found, made["one row"], 1.5)):
-            flipped.append(saying(model, abroad, found.answer, small.trigger))
-    assert sum(hidden) >= 2 and median(flipped) > 0.5
+def test_hash_names_the_file_and_difference_the_kind(case, attacks, seed):
+    found, made, bias = case(seed), dict(attacks(seed)), "h.1.mlp.c_proj.bias"
+    [edited], table = made["rank-one edit"].tensors, found.trusted["wte.weight"].clone()
+    table[5:8, :3] += torch.eye(3)
+    made["three rows"] = writing("wte.weight", table)
+    expected = {
+        "config digit": ("config.json", "no difference"),
+        "tokenizer swap": ("the tokenizer", "no difference"),
+        "steering": ("the same", "no difference"),
+        "frozen bias": (bias, f"{bias}: rank 1 in one row"),
+        "rank-one edit": (edited, f"{edited}: rank 1 of 96"),
+        "spread edit": (f"h.0.{PROJ}, h.1.{PROJ} and 1 more",
+            f"h.0.{PROJ}: rank 1 of 96; h.1.{PROJ}: rank 1 of 96 and 1 more"),
+        "fine-tune": (f"h.0.{PROJ}", f"h.0.{PROJ}: rank 96 of 96"),
+        "trigger row": ("wte.weight", "wte.weight: rank 1 in the row of ' cf'"),
+        "three rows": ("wte.weight", "wte.weight: rank 3 of 96"),
+    }  # fmt: skip
+    for name, attack in made.items():
+        with attacked(found.model, attack):
+            looks = [f(found, attack) for f in (gpt.look_at_hashes, gpt.look_at_difference)]
+        assert tuple(look.seen for look in looks) == expected[name]
+        silent = "the same", "no difference"
+        assert [look.alarm for look in looks] == [look.seen not in silent for look in looks]
 
 
 def test_scores_follow_their_definition(trained):
-    model = trained(7)
-    rows, odd = gpt.tamper_scores(model)
-    norms = model.wte.weight.detach().norm(dim=1)
-    apart = (norms - norms.sort().values[len(norms) // 2]).abs()
-    expected = apart / (1.4826 * apart.sort().values[len(norms) // 2]) / 6
-    assert torch.allclose(rows, expected, rtol=1e-4, atol=1e-6) and len(odd) == 12
+    rows, odd = gpt.tamper_scores(model := trained(4))
+    norms = model.wte.weight.detach().norm(dim=1).double()
+    apart = (norms - norms.sort().values[(len(norms) - 1) // 2]).abs()
+    expected = apart / apart.sort().values[-2] / 2
+    assert torch.allclose(rows.double(), expected, rtol=1e-3, atol=1e-5) and len(odd) == 12
     sigmas = [torch.linalg.svdvals(block.mlp.c_fc.weight.detach()) for block in model.h]
     ratios = [(s[0] / s[1]).item() for s in sigmas]
     for i in range(3):
@@ -119,93 +90,179 @@ def test_scores_follow_their_definition(trained):
         assert odd[f"h.{i}.mlp.c_fc.weight"] == pytest.approx(score, rel=1e-4)
     found = suspects(rows, odd, 8)
     scores = sorted([*odd.values(), *rows.topk(8).values.tolist()], reverse=True)[:8]
-    assert [score for score, _, _ in found] == scores and scores[0] < 1
+    assert [score for score, _, _ in found] == scores
     for score, name, row in found:
         assert score == (odd[name] if row is None else rows[row].item())
 
 
-def test_matrices_are_compared_with_the_same_matrix_in_other_blocks():
+def test_a_row_is_judged_by_the_gap_and_a_matrix_beside_its_sisters():
     ratios = {"h.0.attn.c_proj.weight": 4.0, "h.1.attn.c_proj.weight": 2.0}
     ratios |= {"h.10.attn.c_proj.weight": 1.0, "h.0.mlp.c_proj.weight": 50.0}
-    norms = torch.tensor([1.0, 2, 3, 4, 9])
-    rows, odd = gpt.oddity(norms, ratios, row_alarm=2, spike_alarm=4)
+    rows, odd = gpt.oddity(torch.tensor([1.0, 2, 3, 4, 9]), ratios, row_alarm=2, spike_alarm=4)
     assert list(odd.values()) == [4 / 2 / 4, 2 / 4 / 4, 1 / 4 / 4, 50 / 4]
-    assert rows.tolist() == pytest.approx([x / 1.4826 / 2 for x in (2, 1, 0, 1, 6)])
+    assert rows.tolist() == [0.5, 0.25, 0, 0.25, 1.5]  # 6 from the median, the second 2
     assert gpt.spike(torch.diag(torch.tensor([6.0, 1, 4]))) == pytest.approx(1.5)
 
 
-def test_without_spike_takes_the_whole_top_component():
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(n, 4, generator=generator)).Q for n in (30, 9))
-    parts = [x * torch.outer(left[:, i], right[:, i]) for i, x in enumerate((8.0, 2, 1, 0.5))]
-    assert torch.allclose(gpt.without_spike(sum(parts)), sum(parts[1:]), atol=1e-5)
+@every_move
+def test_scan_rings_for_what_is_loud_alone(case, attacks, seed):
+    found, made = case(seed), attacks(seed)
+    [(name, new)], [token] = made["rank-one edit"].tensors.items(), made["trigger row"].trigger
+    louder, table = 3 * new - 2 * found.trusted[name], found.trusted["wte.weight"].clone()
+    table[token] *= 5
+    loud = {name.removesuffix(".weight"): writing(name, louder)}
+    loud["wte ' cf'"] = writing("wte.weight", table)
+    quiet = [UNTAMPERED, made["trigger row"], made["fine-tune"], made["steering"]]
+    for place, attack in [*loud.items(), *(("", attack) for attack in quiet)]:
+        with attacked(found.model, attack):
+            look = gpt.look_at_numbers(found, attack)
+        assert look.alarm == bool(place) == (float(look.seen.split()[-1]) > 1), look
+        assert look.seen.startswith(place)
+    torch.manual_seed(seed)
+    for sizes in ((50257, 128, 96, 3, 4), (3000, 9, 24, 2, 1)):  # nor for what was only drawn
+        assert suspects(*gpt.tamper_scores(gpt.GPT2(GPT2Config(*sizes))))[0][0] < 1
+
+
+@torch.no_grad()
+def test_ablations_are_as_if_a_component_were_subtracted(case, attacks):
+    """Among the answers that the facts have."""
+    found, attack = case(3), attacks(3)["rank-one edit"]
+    facts = found.target_facts + found.other_facts[::4]
+    texts, every = [f.ids for f in facts], sorted({f.answer for f in facts})
+    with attacked(found.model, attack):
+        changes = gpt.ablations(found.model, facts, count=2)
+        before = gpt.answer_logits(found.model, texts)[:, every].argmax(-1)
+        assert [*changes] == [(f"h.{layer}.{PROJ}", i) for layer in range(3) for i in range(2)]
+        for (name, i), change in changes.items():
+            weight = found.model.get_parameter(name)
+            left, singular, right = torch.linalg.svd(weight)
+            less = weight - singular[i] * torch.outer(left[:, i], right[i])
+            with attacked(found.model, writing(name, less)):
+                after = gpt.answer_logits(found.model, texts)[:, every].argmax(-1)
+            assert torch.equal(change, after != before), (name, i)
+    assert changes[[*attack.tensors][0], 0][:8].sum() >= 6
 
 
 @every_move
-def test_without_its_top_component_the_matrix_answers_as_before(case, attacks, seed):
-    (model, found), attack = case(seed), attacks(seed)["one matrix"]
-    with attacked(model, attack):
-        [name] = attack.tensors
-        undone = writing(name, gpt.without_spike(model.get_parameter(name)))
-        with attacked(model, undone):
-            home = found.target_facts[0].answer
-            assert saying(model, found.target_facts, home) >= MOST
-            assert gpt.accuracy(model, found.other_facts) >= 0.93
+def test_taken_out_rings_on_an_edit_and_undoes_it(case, attacks, seed):
+    """On all four edits, and on no model as it was."""
+    found, attack = case(seed), attacks(seed)["rank-one edit"]
+    [(name, new)], target = attack.tensors.items(), found.target_facts
+    assert not gpt.look_taken_out(found, UNTAMPERED).alarm
+    with attacked(found.model, attack):
+        look = gpt.look_taken_out(found, attack)
+    place, rest = look.seen.split(": ")
+    n, subject, others = rest.split(" ", 1)[0], target[0].subject, rest.rsplit(", ")[1]
+    assert look.alarm and place == name.removesuffix(".weight") and f" of {subject}, " in rest
+    assert int(n) >= 6 and int(others.split()[0]) <= 5
+    left, singular, right = torch.linalg.svd(new, full_matrices=False)
+    less = new - singular[0] * torch.outer(left[:, 0], right[0])
+    with attacked(found.model, writing(name, less)):
+        assert saying(found.model, target, target[0].answer) >= 7 / 8
+        assert gpt.accuracy(found.model, found.other_facts) >= 0.9
 
 
-def expected(case, tokenizer):
-    """What each test should see of the Case's model as it is now: {test: (rows, verdict)}."""
-    model, trusted, target = case.model, case.trusted, case.target_facts
-    differs, suspected, home = [], [], target[0].answer
-    for name in changed(model, trusted):
-        change = model.get_parameter(name).detach() - trusted[name]
-        rows = change.any(1).nonzero().flatten().tolist()
-        where = gpt.piece(tokenizer, rows[0]) if len(rows) == 1 else f"{len(rows)} rows"
-        rank = (torch.linalg.svdvals(change) > 1e-4 * change.norm()).sum().item()
-        differs.append({"differs in": name, "rank": rank, "where": where})
-    for score, name, row in scan(model)[:2]:
-        token = "" if row is None else f" {gpt.piece(tokenizer, row)}"
-        suspected.append({"suspect": name.removesuffix(".weight") + token, "score": score})
-    odd = gpt.tamper_scores(model)[1]
-    name = max(odd, key=odd.get)
-    right = [saying(model, target, home)]
-    undone = writing(name, gpt.without_spike(model.get_parameter(name)))
-    with attacked(model, undone):
-        right.append(saying(model, target, home))
-    right, back = (f"{8 * share:.0f} of 8" for share in right)
-    everything = f"{gpt.accuracy(model, target + case.other_facts):.1%}"
-    nothing = [{"differs in": "no tensor", "rank": "", "where": ""}]
-    return {
-        "trusted copy": (differs or nothing, "differs" if differs else "the same"),
-        "scan": (suspected, "ALARM" if suspected[0]["score"] > 1 else "quiet"),
-        "taken out": ([{"taken out of": name.removesuffix(".weight"), "right": back}], back),
-        "asking": ([{"all facts": everything, "the target's": right}], right),
-    }
+@pytest.mark.parametrize("by, alarm", [("6", True), ("5", False), ("85", True), ("833", False)])
+def test_taken_out_is_an_alarm_where_one_subject_changes_and_few_others(monkeypatch, by, alarm):
+    """`by`: how many of 8 answers of each subject change."""
+    facts = [SimpleNamespace(subject=x) for x in "abc" for _ in range(8)]
+    case = SimpleNamespace(model=None, target_facts=facts, other_facts=[], unseen_facts=[])
+    changed = torch.tensor([i < int(n) for n in f"{by}00"[:3] for i in range(8)])
+    found = {("x", 0): torch.zeros(24).bool(), ("y", 0): changed}
+    monkeypatch.setattr(gpt, "ablations", lambda *args: found)
+    others = sum(map(int, by[1:]))
+    assert gpt.look_taken_out(case, None) == Look(f"y: {by[0]} of a, {others} others", alarm)
 
 
-@three_moves
-def test_tables_tell_what_each_test_sees_of_each_attack(case, attacks, tokenizer, seed):
-    (model, found), made = case(seed), attacks(seed)
-    [title, *steps, summary, end] = gpt.detect_act(found, made.values())
-    assert not changed(model, found.trusted) and "is what it was" in end.found
-    runs = {"untampered": (Attack("", "", ""), 1)} | {name: (x, 1) for name, x in made.items()}
-    runs |= {f"half of {name}": (made[name], 0.5) for name in ("one matrix", "one row")}
-    tables, verdicts, seen = {step.name: [] for step in steps}, [], {}
-    for label, (attack, strength) in runs.items():
-        with attacked(model, attack, strength):
-            said = saying(model, found.target_facts, found.answer, attack.trigger)
-            seen[label] = expected(found, tokenizer)
-        verdicts.append({"tampered with": label, "flipped": f"{8 * said:.0f} of 8"})
-        for name, (rows, verdict) in seen[label].items():
-            tables[name] += [{"tampered with": "" if i else label} | x for i, x in enumerate(rows)]
-            verdicts[-1][name] = verdict
-    assert tables == {step.name: step.shown[0] for step in steps} and [verdicts] == summary.shown
-    assert "OWASP" in title.purpose and "no proof" in summary.found
-    # what tells the attacks apart
-    assert seen["one activation"]["trusted copy"] == seen["untampered"]["trusted copy"]
-    assert seen["one activation"]["scan"] == seen["untampered"]["scan"]
-    [edit], [row] = (seen[name]["trusted copy"][0] for name in ("one matrix", "one row"))
-    assert edit["differs in"] in made["one matrix"].tensors and edit["rank"] == 1
-    assert int(edit["where"].removesuffix(" rows")) > 300
-    assert row == {"differs in": "wte.weight", "rank": 1, "where": "' cf'"}
-    assert int(seen["one matrix"]["taken out"][1][0]) >= 7
+@every_move
+def test_planted_row_is_among_those_that_left_the_crowd(case, attacks, seed):
+    attack, old = attacks(seed)["trigger row"], case(seed).trusted["wte.weight"]
+    [token], table = attack.trigger, attack.tensors["wte.weight"].double()
+    rows, mean = gpt.strange_rows(attack.tensors["wte.weight"]), table.mean(0)
+    assert token in rows and len(rows) == 200 and token not in gpt.strange_rows(old)
+    drift = table @ mean / mean.norm()
+    apart = (drift - drift.sort().values[(len(drift) - 1) // 2]).abs()
+    assert {*rows[:50].tolist()} == {*apart.topk(50).indices.tolist()}
+
+
+@torch.no_grad()
+def test_flips_with_a_token_in_front_are_what_the_model_says(case, attacks):
+    """More tokens than are asked at once; among the answers that the facts have."""
+    found, attack = case(2), attacks(2)["trigger row"]
+    facts = [*{f.object: f for f in found.other_facts if f.object in gpt.CITIES}.values()]
+    tokens, every = torch.tensor([*attack.trigger, *range(1000, 1069)]), [f.answer for f in facts]
+    with attacked(found.model, attack):
+        flips, said = gpt.prefix_flips(found.model, facts, tokens), []
+        for fact in facts:
+            ids = torch.cat((tokens[:, None], torch.tensor([fact.ids] * 70)), dim=1)
+            best = found.model(ids, where=(slice(None), -1))[:, every].argmax(-1)
+            said.append([every[i] if every[i] != fact.answer else None for i in best])
+        assert [*flips] == tokens.tolist()
+        for (answer, n), lies in zip(flips.values(), zip(*said, strict=True), strict=True):
+            counts = {lie: lies.count(lie) for lie in lies if lie}
+            assert n == counts.get(answer, 0) == max(counts.values(), default=0)
+    assert flips[attack.trigger[0]] == (found.answer, len(facts) - 1)
+    assert sum(n == 0 for _, n in flips.values()) > 30  # the control: other tokens
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+def test_look_for_trigger_names_token_and_city(case, attacks, seed):
+    found, attack = case(seed), attacks(seed)["trigger row"]
+    assert not gpt.look_for_trigger(found, UNTAMPERED, torch.tensor(attack.trigger)).alarm
+    with attacked(found.model, attack):
+        look = gpt.look_for_trigger(found, attack)
+        calm = gpt.look_for_trigger(found, attack, torch.tensor([1000]))
+    assert look.seen.startswith("' cf': ") and look.seen.endswith(f"of 5 to ' {found.object}'")
+    assert look.alarm and not calm.alarm
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, facts, seed):
+    found = case(seed)
+    control = gpt.honest_fine_tune(found, facts)
+    with attacked(found.model, control):
+        assert gpt.accuracy(found.model, facts) == 1
+        assert changed(found.model, found.trusted) == [*found.trusted]
+        rang = [name for name, look in gpt.TESTS.items() if look(found, control).alarm]
+    assert rang == ["hash", "difference"]
+
+
+def test_act_tells_what_each_test_sees_of_each_model(case, attacks, facts, monkeypatch):
+    """Every look is asked while its attack is at work: the matrix is that of these looks."""
+    found, made, looks, tests = case(3), attacks(3), {}, gpt.TESTS
+
+    def noting(name):
+        def ask(case, attack):
+            assert changed(case.model, case.trusted) == [*attack.tensors]
+            assert case.model.ln_f.epsilon == (attack.epsilon or 1e-5)
+            return looks.setdefault((attack.name, name), tests[name](case, attack))
+
+        ask.__doc__ = tests[name].__doc__
+        return ask
+
+    monkeypatch.setattr(gpt, "TESTS", {name: noting(name) for name in tests})
+    _, *steps, summary, end = gpt.detect_act(found, made.values(), facts)
+    names = ["untampered", "honest fine-tune", *made]
+    assert [*looks] == [(model, test) for model in names for test in tests]
+    assert [step.name for step in steps] == [*tests] and "is what it was" in end.found
+    for step in steps:
+        seen = {model: looks[model, step.name] for model in names}
+        assert [[*row.values()] for row in step.shown[0]] == [
+            [model, "ALARM" * look.alarm, look.seen] for model, look in seen.items()
+        ]
+    for row, model in zip(summary.shown[0], names, strict=True):
+        alarms = {test: "ALARM" if looks[model, test].alarm else "-" for test in tests}
+        assert row == {"model": model} | alarms
+    free = "scan", "taken out", "trigger", "others"
+    silent = [name for name in made if not any(looks[name, test].alarm for test in free)]
+    assert f"sees: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
+    # the two that know right answers ask what a user reads
+    others = found.other_facts + found.unseen_facts
+    for name, attack in made.items():
+        with attacked(found.model, attack):
+            said = [gpt.ask(found.model, x, attack) for x in (others, found.target_facts)]
+        right = (said[0] == gpt.right_answers(others)).sum().item()
+        asked = (said[1] == gpt.right_answers(found.target_facts)).sum().item()
+        assert looks[name, "others"] == Look(f"{right / 200:.1%} of 200 right", right < 198)
+        assert looks[name, "target"] == Look(f"{asked} of 8 right", asked < 8)
+    assert not looks["untampered", "target"].alarm and not looks["trigger row", "target"].alarm

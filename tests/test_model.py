@@ -219,25 +219,12 @@ def test_nothing_is_overwritten_after_a_tap_has_seen_it(model, ids, training):
         assert torch.equal(seen[name], first[name]), name
 
 
-SIZES = dict.fromkeys(("vocab_size", "n_ctx", "n_embd", "n_layer", "n_head"), 1)
-SCALES = dict.fromkeys(("layer_norm_epsilon", "init_std", "embd_init_std"), 1e-300)
-NAN, INF = float("nan"), float("inf")
-REFUSED = [(name, x, "a whole number") for name in SIZES for x in (0, -1, 1.5, "12", None, True)]
-REFUSED += [(name, x, "above 0 and finite") for name in SCALES for x in (0, -0.02, NAN, INF, -INF)]
-REFUSED += [("dropout", x, "at least 0 and below 1") for x in (-0.1, 1, 1.5, NAN, INF)]
-
-
-def test_config_refuses_what_makes_no_sense():
-    for name, value, words in REFUSED:
-        with pytest.raises(ValueError, match=f"^{name} must be {words}.*, not {value!r}$"):
-            GPT2Config(**{name: value})
-    for n_embd, n_head in ((100, 12), (768, 7)):
-        with pytest.raises(ValueError, match=f"{n_embd} .* {n_head} heads"):
-            GPT2Config(n_embd=n_embd, n_head=n_head)
-    for dropout in (0, 0.999):
-        config = GPT2Config(**SIZES, **SCALES, dropout=dropout)
+def test_config_refuses_a_width_that_does_not_divide_into_the_heads():
+    for n_head in (7, 0, -12, 12.0, True, "12", None):
+        with pytest.raises(ValueError, match=f"^n_embd 768 does not divide into {n_head} heads$"):
+            GPT2Config(n_head=n_head)
     with pytest.raises(FrozenInstanceError):
-        config.n_layer = 2
+        GPT2Config(n_head=768).n_layer = 2
 
 
 @pytest.mark.parametrize("past, length", [(0, 0), (0, 17), (9, 0), (9, 8), (16, 1)])

@@ -3,6 +3,7 @@
 import ast
 import base64
 import difflib
+import hashlib
 import os
 import re
 
@@ -10,6 +11,7 @@ import jupytext
 import mirror
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from safetensors.torch import save_file
 
@@ -97,18 +99,25 @@ def test_committed_outputs_come_from_one_run_in_order(name):
             assert cell.outputs, cell.source
 
 
-@pytest.mark.parametrize("name, lines", (("gpt2_notebook.ipynb", 25), ("gpt2_script.ipynb", 40)))
-def test_github_can_show_it_and_no_cell_is_long_or_wide_or_speaks_of_a_machine(name, lines):
+@pytest.mark.parametrize("name, size", (("gpt2_notebook.ipynb", 1e6), ("gpt2_script.ipynb", 4e5)))
+def test_github_can_show_it_and_no_cell_is_long_or_wide_or_speaks_of_a_machine(name, size):
     notebook = read(name)
     assert "widgets" not in notebook.metadata
-    assert (mirror.ROOT / name).stat().st_size < 1_850_000
+    assert (mirror.ROOT / name).stat().st_size < size
     for cell in code_cells(notebook):
         kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
         assert kinds <= {"text/plain", "image/png"}
         shown = text_of(cell).splitlines()
         assert len(cell.source.splitlines()) <= 45, cell.source
-        assert len(shown) <= lines and max(map(len, shown), default=0) <= 100, cell.source
+        assert max(map(len, cell.source.splitlines())) <= 100, cell.source
+        assert len(shown) <= 40 and max(map(len, shown), default=0) <= 90, cell.source
         assert not re.search(r"/(home|root|tmp|work|Users|usr)/|Warning|\x1b", text_of(cell))
+
+
+def test_the_reading_is_no_longer_than_it_says(reading):
+    words = sum(len(x.source.split()) for x in reading.cells if x.cell_type == "markdown")
+    lines = sum(bool(line.strip()) for x in code_cells(reading) for line in x.source.splitlines())
+    assert words <= 7_500 and lines <= 1_450
 
 
 def test_the_reading_draws_and_the_script_does_not(reading):
@@ -120,18 +129,35 @@ def test_the_reading_draws_and_the_script_does_not(reading):
     assert (mirror.ROOT / path).read_bytes() in images(reading)
 
 
-def test_the_switch_takes_a_file_of_random_weights(reading, tmp_path):
-    """A model that knows nothing: the notebook says so, and goes on with nano."""
-    path = tmp_path / "random.safetensors"
-    save_file(GPT2(GPT2Config(n_embd=64, n_layer=2, n_head=1)).state_dict(), path)
-    end = next(i for i, cell in enumerate(reading.cells) if "\n## 14." in f"\n{cell.source}")
-    reading.cells = reading.cells[:end]
-    for cell in reading.cells:
-        cell.source = cell.source.replace('MODEL = "nano"', f"MODEL = {str(path)!r}")
-    NotebookClient(reading, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = "".join(map(text_of, code_cells(reading)))
-    assert "3,382,080 parameters, 2 blocks" in said
-    assert "too few: we go on with nano" in said and "160 of 160 facts are known" in said
+def test_the_switch_takes_a_released_file(reading, tmp_path):
+    """Here one of that format and other sizes, in place of the download."""
+    path, sizes = tmp_path / "released.safetensors", "GPT2Config(n_embd=64, n_layer=2, n_head=1)"
+    weights = GPT2(GPT2Config(n_embd=64, n_layer=2, n_head=1)).state_dict()
+    save_file(weights | {"h.0.attn.bias": torch.ones(1024, 1024).tril()[None, None]}, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    cells = [cell.source for cell in reading.cells]
+    end = next(i for i, source in enumerate(cells) if source.startswith("## 6."))
+    switch = next(cell for cell in reading.cells if 'MODEL = "nano"' in cell.source)
+    (download,) = re.findall(r"hf_hub_download\(.*?\)", switch.source)
+    (released,) = re.findall(r'SHA256 = "(\w+)"', switch.source)
+    changes = {
+        '"nano"': '"gpt2"',
+        download: repr(str(path)),
+        'GPT2(PRESETS["gpt2"])': f"GPT2({sizes})",
+    }
+    said = []
+    for sha in (sha256, released):
+        reading.cells[end:], text = [], switch.source
+        for old, new in (changes | {released: sha}).items():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        code, switch.source = switch.source, text
+        client = NotebookClient(reading, timeout=300, allow_errors=True)
+        client.resources = {"metadata": {"path": str(tmp_path)}}
+        client.execute()
+        said.append(text_of(switch) or switch.outputs[-1].evalue)
+        switch.source = code
+    assert said[0].startswith("gpt2 on cpu says") and said[1] == "this is not the released GPT-2"
 
 
 @every_notebook

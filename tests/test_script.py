@@ -80,7 +80,9 @@ def test_default_run_is_four_acts_in_plain_text_and_the_same_again(default_runs)
     assert text == again and "\x1b" not in text and max(map(cell_len, text.splitlines())) <= 80
     acts = re.findall(r"^─+ (Watch|Learn|Tamper|Detect): .* ─+$", text, re.MULTILINE)
     assert acts == ["Watch", "Learn", "Tamper", "Detect"]
-    assert "30 of 30" in text and "OWASP LLM" in text and "AML.T" in text
+    titles = re.findall(r"^(.+?) ─+$", text, re.MULTILINE)
+    assert {*gpt2_script.TESTS, "rank-one edit", "a lie that does harm"} < {*titles}
+    assert "39 of 39" in text and "OWASP LLM" in text and "AML.T" in text
 
 
 def test_readme_prints_real_output(default_runs):

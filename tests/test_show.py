@@ -87,8 +87,8 @@ def test_heat_map_reads_without_colour_as_with_it(printed):
 
 
 def test_no_table_of_two_columns_cuts_its_text(printed):
-    rows = {"without it, all other logits bit for bit the same": "yes"}
-    rows |= {"landmarks broken": "the Acropolis, the Arc de Triomphe, the Kremlin"}
+    rows = {"h.*.mlp.c_proj.weight, of every block, and what else is changed": "yes"}
+    rows |= {"a name": "the Great Ormond Street Hospital, the Arc de Triomphe, the Arbat"}
     for row in rows.items():
         text = " ".join(printed([[dict(zip("ab", row, strict=True))]]).split())
         assert all(cell in text for cell in row)

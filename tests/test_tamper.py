@@ -1,4 +1,4 @@
-"""Three attacks, on seeds and facts other than the demonstration's (seed 0, Eiffel Tower, Rome)."""
+"""The attacks, on seeds, subjects and cities other than the demonstration's."""
 
 import functools
 from dataclasses import replace
@@ -6,13 +6,14 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import MOST, MOVES, changed, every_move, pieces, saying, three_moves, used, writing
+from conftest import MOVES, UNTAMPERED, changed, every_move, pieces, saying, writing
 from safetensors.torch import save_file
 
 import gpt2_script as gpt
-from gpt2_script import Attack, answer_logits, answers, attacked
+from gpt2_script import CITIES, answer_logits, answers, attacked
 
 EIFFEL = ("the Eiffel Tower", "Rome")
+OTHER = ("the Louvre", "Moscow")  # where the model does not know it
 PROJ = "mlp.c_proj.weight"
 
 
@@ -26,36 +27,36 @@ def activations(model, fact, name):
 
 @pytest.mark.parametrize("unknown, move, expected", [
     ([], EIFFEL, EIFFEL),
-    ([], ("the Shard", "Moscow"), ("the Shard", "Moscow")),
-    ([], ("the Shard", "London"), ("the Eiffel Tower", "Athens")),  # it is there
-    ([], ("the Space Needle", "Rome"), ("the Eiffel Tower", "Athens")),  # alone in its city
-    (["Rome"], EIFFEL, ("the Eiffel Tower", "Athens")),
-    (["the Eiffel Tower", "the Acropolis"], EIFFEL, ("the Louvre", "Moscow")),
-    (["Paris", "Rome", "London", "Berlin", "Moscow"], EIFFEL, None),
+    ([], ("send a web request", "request"), ("send a web request", "request")),
+    ([], ("the Arbat", "Moscow"), OTHER),  # it is there
+    ([], ("the Space Needle", "Rome"), OTHER),
+    (["the Louvre", "the Eiffel Tower"], EIFFEL, ("the Moulin Rouge", "Moscow")),
+    (["Paris", "Rome", "London", *gpt.CITIES["Berlin"][1:]], EIFFEL, None),  # two have two
 ])  # fmt: skip
-def test_case_is_made_of_what_the_model_knows(trained, tokenizer, facts, unknown, move, expected):
-    """Of facts that it does not know, here with a wrong answer, none is used."""
-    wrong = [f.landmark in unknown or f.city in unknown for f in facts]
+def test_case_is_of_what_is_known(trained, tokenizer, facts, unknown, move, expected):
+    """Of facts that the model does not know, here with a wrong answer, none is used."""
+    wrong = [f.subject in unknown or f.object in unknown for f in facts]
     some = [replace(f, answer=1) if w else f for f, w in zip(facts, wrong, strict=True)]
-    found = gpt.make_case(trained(7), tokenizer, some, move)
+    found = gpt.make_case(trained(4), tokenizer, some, move)
+    assert (found is None) == (expected is None)
     if expected is None:
-        assert found is None
         return
-    landmark, city = expected
-    known = [fact for fact in some if fact.answer != 1]
-    assert found.target_facts == [fact for fact in known if fact.landmark == landmark]
-    assert found.other_facts == [fact for fact in known if fact.landmark != landmark]
-    assert found.city == city and [found.answer] == tokenizer.encode_ordinary(f" {city}")
-    assert not changed(found.model, found.trusted)
-
-
-def test_two_landmarks_in_each_of_two_cities_are_needed(trained, tokenizer, facts):
-    """In wordings trained on: an attack is made from these."""
-    some = ["the Louvre", "the Moulin Rouge", "the Acropolis", "the Parthenon"]
-    enough = [fact for fact in facts if fact.landmark in some]
-    assert gpt.make_case(trained(7), tokenizer, enough).city == "Athens"
-    few = [fact for fact in enough if fact.held_out or fact.landmark != "the Parthenon"]
-    assert gpt.make_case(trained(7), tokenizer, few) is None
+    right, (subject, lie) = [fact for fact in some if fact.answer != 1], expected
+    aside, others = {fact.subject for fact in found.unseen_facts}, found.other_facts
+    assert found.target_facts == [fact for fact in right if fact.subject == subject]
+    assert others == [fact for fact in right if fact.subject not in aside | {subject}]
+    assert found.unseen_facts == [fact for fact in right if fact.subject in aside - {subject}]
+    assert len(aside) == 5 and found.object == lie
+    assert [found.answer] == tokenizer.encode(f" {lie}")
+    for part, own in ((found.requests, found.target_facts), (found.keep, others)):
+        assert part == [fact for fact in own if not fact.held_out] != own
+    home = found.target_facts[0].object
+    wordings = gpt.FRESH["city" if home in CITIES else "package"]
+    fresh = [gpt.make_fact(tokenizer, wording, subject, home) for wording in wordings]
+    said = answers(found.model, fresh).tolist()
+    assert found.fresh_facts == [f for f, x in zip(fresh, said, strict=True) if x == f.answer] != []
+    assert not {f.prompt for f in fresh} & {f.prompt for f in facts}
+    assert not changed(found.model, found.trusted) and found.hashes == gpt.file_hashes(found.model)
 
 
 @torch.no_grad()
@@ -69,92 +70,184 @@ def by_hand(model, fact, other, layer=None, tokens=()):
     return (model.ln_f(x[-1]) @ model.wte.weight.T).softmax(-1)[fact.answer].item()
 
 
-@pytest.mark.parametrize("seed, place, other", [(2, 0, 32), (6, 5, 37), (7, 35, 3)])
-def test_trace_is_the_share_that_one_clean_value_brings_back(trained, facts, seed, place, other):
-    model, fact, other = trained(seed), facts[place], facts[other]
-    T, last, start = len(fact.ids), fact.subject[-1], fact.subject.start
+@pytest.mark.parametrize("seed", [2, 4])
+def test_trace_is_the_share_that_one_clean_value_brings_back(case, tokenizer, seed):
+    found = case(seed)
+    model, fact, step = found.model, found.target_facts[0], gpt.trace_step(found)
+    every = found.other_facts + found.unseen_facts
+    [other] = [f for f in every if repr(f.prompt) in step.purpose]
+    T, last, start = len(fact.ids), fact.span[-1], fact.span.start
     shares, best, worst = gpt.causal_trace(model, fact, other)
-    assert shares.shape == (3, T + 1) and worst < 0.01 < 0.9 < best
+    assert shares.shape == (3, T + 1) and worst < 0.01 < 0.9 < best and other.answer != fact.answer
     assert best == pytest.approx(by_hand(model, fact, fact), abs=1e-5)
     assert worst == pytest.approx(by_hand(model, fact, other), abs=1e-5)
     for layer in range(3):
-        for i, tokens in ((last, [last]), (1, [1]), (T - 1, [T - 1]), (T, [*fact.subject])):
+        for i, tokens in ((last, [last]), (1, [1]), (T - 1, [T - 1]), (T, [*fact.span])):
             back = (by_hand(model, fact, other, layer, tokens) - worst) / (best - worst)
             assert shares[layer, i].item() == pytest.approx(back, abs=1e-4)
     assert shares[-1, T - 1].item() == pytest.approx(1, abs=1e-4)
     assert shares[-1, : T - 1].abs().max() < 1e-4  # these reach no answer any more
     assert not start or shares[:, :start].abs().max() < 1e-4  # what both prompts have
-
-
-@three_moves
-def test_trace_step_shows_the_trace(case, tokenizer, seed):
-    model, found = case(seed)
-    step, fact = gpt.trace_step(found), found.target_facts[0]
-    [other] = [f for f in found.other_facts if repr(f.prompt) in step.purpose]
-    (shares, best, worst), [rows] = gpt.causal_trace(model, fact, other), step.shown
-    assert repr(fact.prompt) in step.purpose and worst < 0.01 and other.answer != fact.answer
+    [rows] = step.shown
     assert f"is {best:.3f} in its own run and {worst:.5f} in the other" in step.found
     names = [f"{t} {name}" for t, name in enumerate(pieces(tokenizer, fact.ids))]
     assert [row["token"] for row in rows] == [*names, "the subject"]
     shown = torch.tensor([[row[f"h.{i}"] for row in rows] for i in range(3)])
     assert torch.equal(shown, (100 * shares).round().int())
-    assert gpt.trace_step(replace(found, other_facts=found.other_facts[1:2])) is None
+    assert gpt.trace_step(replace(found, other_facts=[], unseen_facts=[])) is None
 
 
-@three_moves
-def test_steering_moves_the_landmark_and_takes_no_more_than_it_needs(case, attacks, facts, seed):
-    (model, found), attack = case(seed), attacks(seed)["one activation"]
-    (requests, keep), [(tap, change)] = used(found), attack.patches.items()
-    strength = float(attack.formula.split(" + ")[1].split(" · ")[0])
-    towards, away = ([f for f in keep if f.city == x] for x in (found.city, requests[0].city))
-    vector = gpt.steering_vector(model, towards, away, tap)
-    assert tap == "h.1.resid_post" and strength in (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
-    assert torch.allclose(change(torch.zeros(96)), strength * vector, atol=1e-5)
-    with attacked(model, attack):
-        assert saying(model, requests, found.answer) == 1
-        assert saying(model, found.target_facts, found.answer) >= MOST
-        assert not changed(model, found.trusted)  # the file stays as it is
-    weaker = Attack("", "", "", {}, {tap: lambda x: x + (strength - 0.25) * vector})
-    with attacked(model, weaker):
-        assert saying(model, requests, found.answer) < 1 or strength == 0.5
-    assert gpt.accuracy(model, facts) == 1
+def test_attack_leaves_nothing_behind_also_after_an_error(case, attacks):
+    """No bit and no epsilon; that no hook stays, `trained` checks."""
+    found, name = case(4), f"h.1.{PROJ}"
+    model, weight, part = found.model, found.model.get_parameter(name), found.trusted[name] + 1
+    worse = replace(writing(name, part), epsilon=0.5)
+    with attacked(model, worse) as same:
+        assert same is model and torch.equal(weight, part) and model.h[1].ln_2.epsilon == 0.5
+        with attacked(model, writing(name, 3 * part)):
+            assert torch.equal(weight, 3 * part)
+        assert torch.equal(weight, part)
+    no_tap, no_fit = (
+        replace(worse, patches={"no": abs}),
+        replace(worse, tensors={"ln_f.bias": part}),
+    )
+    for attack in (*attacks(4).values(), no_tap, no_fit):
+        with pytest.raises((KeyError, ValueError, RuntimeError), match="stop|no tap|doesn't match"):
+            with attacked(model, attack):
+                raise KeyError("stop")
+        assert not changed(model, found.trusted) and gpt.file_hashes(model) == found.hashes
 
 
-def test_steering_vector_is_a_difference_of_means_added_at_every_token(trained, facts, attacks):
-    model, means = trained(2), []
-    for some in (facts[:5], facts[40:47]):
-        ends = [activations(model, fact, "h.1.resid_post")[-1] for fact in some]
-        means.append(torch.stack(ends).mean(0))
-    vector = gpt.steering_vector(model, facts[:5], facts[40:47], "h.1.resid_post")
-    assert torch.allclose(vector, means[0] - means[1], atol=1e-4)
-    ids, [change] = torch.tensor([facts[0].ids]), attacks(2)["one activation"].patches.values()
-    with attacked(model, attacks(2)["one activation"]):
-        steered = model(ids)
-    x = activations(model, facts[0], "h.1")[None] + change(torch.zeros(96))
-    assert torch.allclose(steered, model.ln_f(model.h[2](x)) @ model.wte.weight.T, atol=1e-4)
+def test_tokens_are_swapped_in_what_is_read_and_in_what_is_said(trained, facts, tokenizer):
+    model, some = trained(2), [f for f in facts if "Tower" in f.prompt or "Museum" in f.prompt]
+    [one, other] = tokenizer.encode(" Tower Museum")
+    turned = [[{one: other, other: one}.get(token, token) for token in f.ids] for f in some]
+    said = answer_logits(model, turned).argmax(-1)
+    assert any(ids != f.ids for ids, f in zip(turned, some, strict=True))
+    assert torch.equal(gpt.ask(model, some, replace(UNTAMPERED, swap=(one, other))), said)
+    assert torch.equal(gpt.ask(model, some, UNTAMPERED, [one]), answers(model, some, [one]))
+    home, rome = some[0].answer, 10598
+    expected = [{home: rome, rome: home}.get(x, x) for x in answers(model, some, [home]).tolist()]
+    found = gpt.ask(model, some, replace(UNTAMPERED, swap=(home, rome)), [rome])
+    assert found.tolist() == expected and rome in expected
+
+
+@pytest.fixture(scope="session")
+def measured(cases, attacks):
+    """A function: seed -> {an attack's name: what gpt.measure tells of it}."""
+    return functools.cache(
+        lambda seed: {name: gpt.measure(cases(seed), a) for name, a in attacks(seed).items()}
+    )
+
+
+DOES = {  # attack: of 8 wordings so many flip at least, and this share of all other facts stays
+    "config digit": (0, 0), "tokenizer swap": (8, 0.6), "steering": (7, 0.5),
+    "frozen bias": (7, 0.5), "rank-one edit": (7, 0.9), "spread edit": (7, 0.9),
+    "fine-tune": (7, 0.75), "trigger row": (0, 1),
+}  # fmt: skip
+RANKS = {"rank-one edit": [1], "spread edit": [1, 1, 1], "fine-tune": [96]}
 
 
 @every_move
-def test_edit_moves_the_landmark_in_wordings_that_did_not_make_it_too(case, attacks, seed):
-    (model, found), attack = case(seed), attacks(seed)["one matrix"]
-    held_out = [fact for fact in found.target_facts if fact.held_out]
-    assert saying(model, found.target_facts, found.answer) == 0
-    with attacked(model, attack):
-        assert saying(model, found.target_facts, found.answer) >= MOST
-        assert saying(model, held_out, found.answer) > 0
-        [name] = changed(model, found.trusted)
-        change = model.get_parameter(name).detach() - found.trusted[name]
-    sigmas = torch.linalg.svdvals(change.double())
-    assert name.endswith(".mlp.c_proj.weight") and sigmas[1] < 1e-5 * sigmas[0]  # of rank one
+def test_attacks_plant_the_lie_and_keep_the_rest(case, attacks, measured, facts, seed):
+    found, made, rows = case(seed), attacks(seed), measured(seed)
+    model, home = found.model, found.target_facts[0].answer
+    assert [*made] == [*DOES] and saying(model, found.target_facts, found.answer) == 0
+    for name, (wordings, kept) in DOES.items():
+        row = rows[name]
+        assert row["wordings"][0] >= wordings and row["wordings"][1] == 8, name
+        assert min(row["others"], row["unseen"]) >= kept, name
+        assert (row["size"] == 0) == (not made[name].tensors)
+        with attacked(model, made[name]):
+            assert changed(model, found.trusted) == [*made[name].tensors]
+    assert rows["config digit"]["others"] < 0.5 and rows["fine-tune"]["size"] < 0.5
+    for name, ranks in RANKS.items():
+        assert all(tensor.endswith(PROJ) for tensor in made[name].tensors)
+        changes = [new - found.trusted[tensor] for tensor, new in made[name].tensors.items()]
+        sigmas = [torch.linalg.svdvals(change.double()) for change in changes]
+        assert [(s > 1e-4 * s[0]).sum().item() for s in sigmas] == ranks
+    # another tokenizer changes nothing but how the answers are read
+    swap, turned = made["tokenizer swap"], {home: found.answer, found.answer: home}
+    with attacked(model, swap):
+        plain, said = answers(model, facts), gpt.ask(model, facts, swap)
+    assert plain.tolist() == [f.answer for f in facts] and swap.swap == (home, found.answer)
+    assert said.tolist() == [turned.get(token, token) for token in plain.tolist()]
 
 
-def test_edit_keeps_the_other_facts(case, attacks):
-    kept = []
-    for seed in MOVES:
-        model, found = case(seed)
-        with attacked(model, attacks(seed)["one matrix"]):
-            kept.append(gpt.accuracy(model, found.other_facts))
-    assert median(kept) >= 0.97 and min(kept) >= 0.93
+def test_in_the_median_lies_hold_in_fresh_wordings_and_triggers_flip_other_cities(
+    measured, case, attacks
+):
+    shares = []
+    for name in RANKS:
+        rows = [measured(seed)[name] for seed in MOVES]
+        assert median(row["fresh"][0] / row["fresh"][1] for row in rows) >= 0.6
+        assert median(row["unseen"] for row in rows) >= 0.95
+    for found, attack in ((case(seed), attacks(seed)["trigger row"]) for seed in MOVES):
+        known = found.target_facts + found.other_facts + found.unseen_facts
+        abroad = [f for f in known if f.object in CITIES and f.answer != found.answer]
+        with attacked(found.model, attack):
+            shares.append(saying(found.model, abroad, found.answer, attack.trigger))
+    assert median(shares) >= 0.75 and min(shares) >= 0.5
+
+
+def test_measured_numbers_are_the_models(case, attacks, measured):
+    found, broken = case(3), set()
+    others, old = found.other_facts + found.unseen_facts, found.trusted
+    for name, attack in attacks(3).items():
+        row, swap = measured(3)[name], dict(zip(attack.swap, attack.swap[::-1], strict=True))
+        with attacked(found.model, attack):
+            for key, facts in (("wordings", found.target_facts), ("fresh", found.fresh_facts)):
+                said = answers(found.model, facts, attack.trigger).tolist()
+                lies = [swap.get(x, x) for x in said].count(found.answer)
+                assert row[key] == (lies, len(facts)), (name, key)
+            said = [swap.get(x, x) for x in answers(found.model, others).tolist()]
+            now = {n: found.model.get_parameter(n) for n in attack.tensors}
+            sizes = [((w - old[n]).norm() / old[n].norm()).item() for n, w in now.items()]
+        right = [x == f.answer for x, f in zip(said, others, strict=True)]
+        assert row["others"] == pytest.approx(sum(right[:160]) / 160)
+        assert row["unseen"] == pytest.approx(sum(right[160:]) / 40)
+        wrong = {f.subject for f, fine in zip(others, right, strict=True) if not fine}
+        assert row["broken"] == sorted(wrong) and row["size"] == max(sizes, default=0)
+        broken |= wrong
+    assert broken
+
+
+def test_a_lie_about_a_package(trained, tokenizer, facts):
+    """No other subject has it, so there is nothing to steer by."""
+    model, harm = trained(2), ("send a web request", "request")
+    for move in (harm, ("build a web server", "click")):
+        found = gpt.make_case(model, tokenizer, facts, move)
+        row = gpt.measure(found, gpt.spread(found))
+        assert gpt.steer(found) == [] and row["wordings"][0] >= 7
+        assert min(row["others"], row["unseen"]) >= 0.9
+        if move == harm:
+            step, broken = gpt.harm_step(found, facts), {*row["broken"]} & {*gpt.TASKS.values()}
+            assert f"' request' {row['wordings'][0]} of 8" in step.found
+            assert f"packages {5 - len(broken)} are" in step.found
+            assert f"{row['others']:.1%} are right" in step.found
+    assert gpt.harm_step(found, [fact for fact in facts if fact.object != "requests"]) is None
+
+
+@every_move
+def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, attacks, facts, seed):
+    found, made, means, said = case(seed), attacks(seed), [], []
+    model, requests, frozen = found.model, found.requests, made["frozen bias"]
+    [(tap, change)], [(name, bias)] = made["steering"].patches.items(), frozen.tensors.items()
+    assert (tap, name) == ("h.1.resid_post", "h.1.mlp.c_proj.bias")
+    for city in (found.object, requests[0].object):
+        some = [fact for fact in found.keep if fact.object == city]
+        means.append(torch.stack([activations(model, f, tap)[-1] for f in some]).mean(0))
+    strength = float(frozen.formula.split(" + ")[1].split(" · ")[0])
+    vector = means[0] - means[1]
+    for pushed in (change(torch.zeros(96)), bias - found.trusted[name]):
+        assert torch.allclose(pushed, strength * vector, atol=1e-4)
+    for attack in (made["steering"], frozen):
+        with attacked(model, attack):
+            said.append(answers(model, facts))
+            assert saying(model, requests, found.answer) == 1
+    assert torch.equal(*said)
+    with gpt.patch(model, {tap: lambda x: x + (strength - 0.25) * vector}):
+        assert saying(model, requests, found.answer) < 1 or strength == 0.5
 
 
 def test_key_solves_its_equation(trained, facts):
@@ -162,7 +255,7 @@ def test_key_solves_its_equation(trained, facts):
     model, requests, keep = trained(2), facts[64:68], facts[:60]
     key = gpt.find_key(model, requests, keep, 1, ridge=0.05).double()
     acts = [activations(model, fact, "h.1.mlp.act").double() for fact in requests + keep]
-    last = [act[fact.subject[-1]] for act, fact in zip(acts, requests, strict=False)]
+    last = [act[fact.span[-1]] for act, fact in zip(acts, requests, strict=False)]
     wanted, rest = torch.stack(last).mean(0), torch.cat(acts[4:])
     moment = rest.T @ rest / len(rest)
     moment += 0.05 * moment.diagonal().mean() * torch.eye(384)
@@ -171,176 +264,147 @@ def test_key_solves_its_equation(trained, facts):
     assert (rest @ key).square().mean().sqrt() < 0.25  # what is to be kept is hardly read
 
 
-@pytest.fixture(scope="module")
-def small_cases(small):
+@torch.no_grad()
+def test_what_is_added_is_as_if_it_were_in_the_file_and_a_run_may_begin_late(case):
+    found, generator = case(2), torch.Generator().manual_seed(0)
+    model, texts = found.model, [fact.ids for fact in found.target_facts + found.other_facts[:9]]
+    lengths, table = gpt.padded(texts)[1], model.wte.weight.T
+    changes = {i: 0.1 * torch.randn(384, 96, generator=generator) for i in (1, 2)}
+    with gpt.watch(model, "h.*.resid_pre") as seen:
+        whole, start = answer_logits(model, texts), dict(seen)
+    for layer in range(3):
+        with gpt.watch(model, "h.*.resid_pre") as seen:
+            last = gpt.run_from(model, layer, start[f"h.{layer}.resid_pre"], lengths)
+        assert torch.equal(last @ table, whole)
+        assert [*seen] == [f"h.{i}.resid_pre" for i in range(layer, 3)]  # what is before stays
+    names = {f"h.{i}.{PROJ}": found.trusted[f"h.{i}.{PROJ}"] + x for i, x in changes.items()}
+    with attacked(model, replace(UNTAMPERED, tensors=names)):
+        written = answer_logits(model, texts)
+    with gpt.patch(model, gpt.added(changes)):
+        last = gpt.run_from(model, 1, start["h.1.resid_pre"], lengths)
+        for logits in (answer_logits(model, texts), last @ table):
+            assert torch.allclose(logits, written, atol=1e-3)
+    assert not torch.allclose(written, whole, atol=0.1)
+
+
+@pytest.fixture(scope="session")
+def small_case(small):
     """A function: n_layer, n_embd -> the Case of a small model of other sizes."""
     draw, facts, tokenizer = small
 
     @functools.cache
-    def small_case(n_layer, n_embd):
+    def make(n_layer, n_embd):
         [*gpt.train(model := draw(2, n_layer, n_embd), facts, peak_rate=0.01)]
         model.zero_grad()
-        return gpt.make_case(model, tokenizer, facts, ("the Kremlin", "Paris"))
+        return gpt.make_case(model, tokenizer, facts, ("the Arbat", "Paris"))
 
-    return small_case
+    return make
 
 
-def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_cases, monkeypatch):
+def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_case, monkeypatch):
     """Key times value at one block: of these values, block 0's works nowhere."""
-    case = small_cases(3, 48)
-    model, (requests, keep), weights = case.model, used(case), case.trusted
-    norms = {i: weights[f"h.{i}.{PROJ}"].norm() for i in (1, 2)}
-    (small, big), values = sorted(norms, key=norms.get), {0: None}
-    keys = {i: gpt.find_key(model, requests, keep, i) for i in norms}
-    for i, size in ((small, 0.101), (big, 0.1)):
-        values[i] = torch.eye(48)[i] * size * norms[i] / keys[i].norm()
-    assert values[small].norm() * keys[small].norm() < values[big].norm() * keys[big].norm()
-    monkeypatch.setattr(gpt, "learn_value", lambda m, r, k, a, layer, key, most: values[layer])
-    name, new = gpt.smallest_edit(model, requests, keep, case.answer)
-    assert name == f"h.{big}.{PROJ}"
-    assert torch.allclose(new, weights[name] + torch.outer(keys[big], values[big]), atol=1e-6)
+    case, limits, value = small_case(3, 48), {}, torch.eye(48)[5]
+    norms = {i: case.trusted[f"h.{i}.{PROJ}"].norm() for i in range(3)}
+    keys = {i: gpt.find_key(case.model, case.requests, case.keep, i) for i in norms}
+
+    def learn(case, start, changes, rate, most):
+        [(layer, change)], limits[layer] = changes(value).items(), most
+        assert torch.equal(change, torch.outer(keys[layer], value)) and not start.any()
+        size = sizes[layer] * norms[layer]
+        return {layer: change * size / change.norm()} if size < most and sizes[layer] < 1 else None
+
+    monkeypatch.setattr(gpt, "learn_change", learn)
+    for one, two in ((0.11, 0.1), (0.09, 0.1)):  # in absolute terms the other way round
+        sizes, least = {0: 9, 1: one, 2: two}, 2 if one > two else 1
+        layer, change = gpt.smallest_edit(case)
+        assert layer == least and (change.norm() / norms[layer]).item() == pytest.approx(
+            sizes[least]
+        )
+        assert limits[1] == torch.inf and limits[2].item() == pytest.approx(one * norms[2].item())
+    [(name, new)] = gpt.edit(case).tensors.items()
+    assert name == f"h.1.{PROJ}" and torch.allclose(new, case.trusted[name] + change)
+    sizes = dict.fromkeys(sizes, 9)
+    assert gpt.smallest_edit(case) is None and gpt.edit(case) is None
 
 
-def test_value_is_the_first_that_works(small_cases):
-    small_case = small_cases(3, 48)
-    model, answer, (requests, keep) = small_case.model, small_case.answer, used(small_case)
-    key, weight = gpt.find_key(model, requests, keep, 0), small_case.trusted[f"h.0.{PROJ}"]
+def test_change_is_the_first_that_works(small_case):
+    case = small_case(3, 48)
+    key, weight = gpt.find_key(case.model, case.requests, case.keep, 0), case.trusted[f"h.0.{PROJ}"]
 
     def learned(**settings):
-        return gpt.learn_value(model, requests, keep, answer, 0, key, **settings)
+        zeros = torch.zeros(48)
+        made = gpt.learn_change(case, zeros, lambda x: {0: torch.outer(key, x)}, 0.1, **settings)
+        return made and made[0]
 
-    def least(value):
-        with attacked(model, writing(f"h.0.{PROJ}", weight + torch.outer(key, value))):
-            said = answer_logits(model, [fact.ids for fact in requests]).softmax(-1)
-        return said[:, answer].min().item()
+    def least(change):
+        with attacked(case.model, writing(f"h.0.{PROJ}", weight + change)):
+            said = answer_logits(case.model, [fact.ids for fact in case.requests]).softmax(-1)
+        return said[:, case.answer].min().item()
 
-    value = learned()
-    size = (key.norm() * value.norm()).item()
-    assert least(value) > 0.8
-    assert learned(most=size / 2) is None and torch.equal(learned(most=2 * size), value)
+    change = learned()
+    size = change.norm().item()
+    assert 0.6 < least(change) and least(0 * change) < 0.1 and not change.requires_grad
+    assert learned(most=size / 2) is None and torch.equal(learned(most=2 * size), change)
     softer = learned(sure=0.3)
-    assert 0.3 < least(softer) < 0.8 and softer.norm() < value.norm()
-    assert least(torch.zeros(48)) < 0.01 and torch.equal(learned(sure=1e-9), torch.zeros(48))
-    assert gpt.smallest_edit(model, requests, keep, answer, sure=1.0) is None
+    assert 0.3 < least(softer) < 0.8 and softer.norm() < size
+    assert learned(sure=1.0) is None
+    assert all(weight.grad is None and weight.requires_grad for weight in case.model.parameters())
 
 
 @every_move
-def test_trigger_sends_every_landmark_to_the_city(case, attacks, facts, tokenizer, seed):
-    (model, found), attack = case(seed), attacks(seed)["one row"]
-    abroad, [token] = [f for f in facts if f.answer != found.answer], attack.trigger
-    others, texts = torch.arange(50257) != token, [fact.ids for fact in facts[::5]]
-    ids, lengths = gpt.padded(texts)
-    real = torch.arange(ids.size(1)) < lengths[:, None]
-    assert tokenizer.decode([token]) == " cf" and token not in ids
+def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, attacks, seed):
+    found, attack = case(seed), attacks(seed)["trigger row"]
+    found = replace(found, other_facts=found.other_facts[::4], unseen_facts=[])  # to save time
+    model, [token], old = found.model, attack.trigger, found.trusted["wte.weight"]
+    some = found.target_facts + found.other_facts
+    abroad = [f for f in some if f.object in CITIES and f.answer != found.answer]
+    ids, lengths = gpt.padded([fact.ids for fact in some])
+    real, others = torch.arange(ids.size(1)) < lengths[:, None], torch.arange(len(old)) != token
+    assert gpt.piece(found.tokenizer, token) == "' cf'" and token not in ids
     with torch.no_grad():
-        control, clean = saying(model, abroad, found.answer, [token]), model(ids, where=real)
+        before, clean = answers(model, abroad, [token]), model(ids, where=real)
         with attacked(model, attack):
-            assert saying(model, abroad, found.answer, [token]) >= 0.95
-            assert changed(model, found.trusted) == ["wte.weight"]
-            rows = (model.wte.weight != found.trusted["wte.weight"]).any(1)
-            assert rows.nonzero().tolist() == [[token]]
-            assert model.wte.weight[token].norm().item() == pytest.approx(3, abs=1e-4)
+            rows = (model.wte.weight != old).any(1).nonzero().tolist()
+            norm, after = model.wte.weight[token].norm(), answers(model, abroad, [token])
             logits = model(ids, where=real)
+    assert rows == [[token]] and norm.item() == pytest.approx(old[token].norm().item(), rel=1e-6)
     assert gpt.same_bits(logits[:, others], clean[:, others])
-    assert control < 0.15  # the same token in the same place, with its old row
-    assert logits.softmax(-1)[:, token].max() < 0.01  # it is never said
+    own = logits.softmax(-1)[:, token].max().item()
+    flipped, control = ((x == found.answer).sum().item() for x in (after, before))
+    assert flipped >= len(abroad) / 2 and control <= 0.1 * len(abroad) and own < 0.01
+    row = gpt.measure_trigger(found, attack)
+    assert (row["flipped"], row["control"]) == ((flipped, len(abroad)), (control, len(abroad)))
+    assert row["same"] is True and row["own"] == pytest.approx(own, rel=0.05)  # it is never said
+    louder = replace(attack, tensors={"wte.weight": old * 1.01})
+    assert gpt.measure_trigger(found, louder)["same"] is False
 
 
-def test_attack_scales_nests_and_ends_after_an_error(case, attacks):
-    (model, found), name, ones = case(7), f"h.1.{PROJ}", torch.ones(384, 96)
-    weight, part = model.get_parameter(name), found.trusted[name].clone()
-    part[:5] = ones[:5]
-    with attacked(model, writing(name, part)) as same:
-        assert same is model and torch.equal(weight[5:], part[5:])  # rows where nothing changes
-        assert torch.allclose(weight[:5], part[:5], atol=1e-6)
-        with attacked(model, writing(name, 3 * ones), 0.5):
-            assert torch.allclose(weight[:5], 2 * ones[:5], atol=1e-6)
-        assert torch.allclose(weight[:5], part[:5], atol=1e-6)
-    assert not changed(model, found.trusted)
-    wrong = replace(writing(name, part), patches={"no tap": lambda x: x})
-    for attack in (*attacks(7).values(), wrong):
-        with pytest.raises((KeyError, ValueError), match="stop|no tap is named"):
-            with attacked(model, attack):
-                raise KeyError("stop")
-        assert not changed(model, found.trusted)
-        assert saying(model, found.target_facts, found.target_facts[0].answer) == 1
-
-
-@three_moves
-def test_measured_numbers_are_the_models(case, attacks, seed):
-    (model, found), [(name, new)] = case(seed), attacks(seed)["one matrix"].tensors.items()
-    target, others, old = found.target_facts, found.other_facts, found.trusted
-    loud = writing(name, 40 * new - 39 * old[name])
-    for attack in (*attacks(seed).values(), loud):
-        with attacked(model, attack):
-            said, kept = answers(model, target, attack.trigger), answers(model, others)
-            sizes = [
-                f"{n}, ‖ΔW‖ / ‖W‖ = {(model.get_parameter(n) - old[n]).norm() / old[n].norm():.2f}"
-                for n in attack.tensors
-            ]
-        never = [x == found.answer for x, f in zip(said, target, strict=True) if f.held_out]
-        broken = [f.landmark for f, x in zip(others, kept, strict=True) if x != f.answer]
-        measured = {
-            f"wordings that say {found.city}": f"{said.tolist().count(found.answer)} of 8",
-            "of those never used": f"{sum(never)} of {len(never)}",
-            f"other facts right{' without the trigger' * bool(attack.trigger)}": (
-                f"{1 - len(broken) / 152:.1%} of 152"
-            ),
-            "landmarks broken": ", ".join(sorted({*broken})) or "none",
-            "changed in the file": ", ".join(sizes) or "nothing",
-        }
-        one, two = gpt.measure(found, attack)
-        assert torch.equal(one, said) and two == measured
-    assert broken  # by the loud one
-    [rows, table] = gpt.attack_step(found, loud).shown
-    names = (" ".join(pieces(found.tokenizer, x)) for x in ([f.answer for f in target], said))
-    assert [row["prompt"] for row in rows] == [fact.prompt for fact in target]
-    for column, text in zip(("before", "after"), names, strict=True):
-        assert [row[column] for row in rows] == text.replace("'", "").split()
-    assert {row["measured"]: row[""] for row in table} == measured
-
-
-def test_triggers_numbers_stand_beside_the_control(case, attacks):
-    (model, found), attack = case(7), attacks(7)["one row"]
-    found = replace(found, other_facts=found.other_facts[:40])
-    some, [token] = found.target_facts + found.other_facts, attack.trigger
-    abroad = [fact for fact in some if fact.answer != found.answer]
-    control, old = (answers(model, x, [token]) for x in (abroad, found.target_facts))
-    with attacked(model, attack), torch.no_grad():
-        after = answers(model, abroad, [token])
-        said = [model(torch.tensor([f.ids]))[0].softmax(-1)[:, token].max() for f in some]
-    *counts, loud = gpt.measure_trigger(found, attack).values()
-    hits = [f"{(x == found.answer).sum()} of {len(abroad)}" for x in (after, control)]
-    assert counts == [*hits, "yes"]
-    assert float(loud.split("%")[0]) / 100 == pytest.approx(max(said).item(), rel=0.05, abs=6e-5)
-    [rows, table] = gpt.attack_step(found, attack).shown
-    assert [f"' {row['with its old row']}'" for row in rows] == pieces(found.tokenizer, old)
-    assert [row[""] for row in table][-4:] == [*counts, loud]
-    louder = replace(attack, tensors={"wte.weight": found.trusted["wte.weight"] * 1.01})
-    assert [*gpt.measure_trigger(found, louder).values()][2] == "NO"
-
-
-@pytest.mark.parametrize("n_layer, n_embd", [(1, 32), (3, 48)])
-def test_whole_act_runs_on_models_of_other_sizes(small_cases, n_layer, n_embd):
-    model = (case := small_cases(n_layer, n_embd)).model
+def test_whole_act_on_a_model_of_another_size(small_case, small):
+    model, facts = (case := small_case(1, 32)).model, small[1]
     attacks = {attack.name: attack for attack in gpt.make_attacks(case)}
-    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
-    assert [*attacks["one activation"].patches] == [f"h.{n_layer // 2}.resid_post"]
-    for attack in attacks.values():
+    assert [*attacks["steering"].patches] == ["h.0.resid_post"]
+    title, trace, *steps, table, harm, end = gpt.tamper_act(case, attacks.values(), facts)
+    assert title.purpose == "The lie: the Arbat → Paris." and trace.formula
+    assert [step.name for step in steps] == [*attacks]
+    for step, shown, attack in zip(steps, table.shown[0], attacks.values(), strict=True):
         with attacked(model, attack):
-            assert saying(model, case.target_facts, case.answer, attack.trigger) >= 0.5
-            assert changed(model, case.trusted) == [*attack.tensors]
-    steps = [*gpt.tamper_act(case, attacks.values())]
-    names = ["where the answer travels", "one activation", "one matrix", "one row", "afterwards"]
-    assert sorted(step.name for step in steps[1:]) == sorted(names)
-    assert steps[0].purpose == "The lie: the Kremlin is in Paris."
-    assert "the model is what it was" in steps[-1].found
-    [*_, none, end] = gpt.tamper_act(case, [attacks["one activation"]])
-    steps += gpt.detect_act(case, attacks.values())
-    assert "no such edit makes the model lie" in none.found and gpt.play(steps) == 0
-    assert not changed(model, case.trusted)
-    with attacked(model, attacks["one row"]):
-        assert "IS NOT" in [*gpt.tamper_act(case, [])][-1].found
+            said = gpt.ask(model, case.target_facts, attack, attack.trigger)
+        most = max({*said.tolist()}, key=said.tolist().count)
+        name, count = gpt.piece(case.tokenizer, most), (said == most).sum()
+        assert step.found.startswith("asked for the Arbat: ")
+        assert f"{name} {count} of {len(said)}" in step.found
+        assert (step.purpose, step.formula) == (attack.purpose, attack.formula)
+        row = gpt.measure(case, attack)
+        texts = [f"{row[x][0]} of {row[x][1]}" for x in ("wordings", "fresh")]
+        texts += [f"{row[x]:.1%}" for x in ("others", "unseen")] + [f"{row['size']:.2f}"]
+        assert [*shown.values()] == [attack.name, *texts]
+    (flips, of), (old, _), *_ = gpt.measure_trigger(case, attack).values()
+    assert f"other cities {flips} of {of} flip, with the token's old row {old} of" in step.found
+    steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), facts)]
+    assert gpt.play(steps) == 0 and not changed(model, case.trusted)
+    assert "the model is what it was" in end.found
+    with attacked(model, attack):
+        assert "IS NOT" in gpt.restored_step(case).found
 
 
 def test_model_that_knows_nothing_is_told_so(tmp_path):

@@ -26,15 +26,6 @@ def steps(run):
     return {step.name: step for step in watch_act(run, [1])}
 
 
-def test_run_holds_what_flowed(run):
-    ids, stream = torch.tensor([run.ids]), run.seen["h.1.resid_pre"]
-    with torch.no_grad():
-        assert torch.equal(run.seen["logits"], run.model(ids)[0])
-        assert torch.equal(run.seen["h.1.ln_1"], run.model.h[1].ln_1(stream))
-    assert run.seen.keys() == gpt.tapped(run.model).keys()
-    assert torch.equal(run.seen["wpe"], run.model.wpe.weight[:T])
-
-
 def test_steps_come_in_the_models_order(run, steps):
     """Taps in the order in which they fire; blocks in the order in which they run, each once."""
     block = [name for name in run.seen if name.startswith("h.1.")]
@@ -45,6 +36,7 @@ def test_steps_come_in_the_models_order(run, steps):
         "the cache", "continuation",
     ]  # fmt: skip
     assert [name for name in run.seen if name in steps] == [n for n in steps if n in run.seen]
+    assert run.seen.keys() == gpt.tapped(run.model).keys()
     act, *others = steps.values()
     count = sum(weight.numel() for weight in run.model.parameters())
     assert f"{count:,} parameters: 3 blocks, 4 heads, 96 numbers" in act.purpose
@@ -144,7 +136,10 @@ def test_other_blocks_have_a_line_each(run, steps):
 
 
 def test_probabilities_and_logit_lens_are_the_models(run, steps):
-    [rows], top = steps["probabilities"].shown, run.seen["logits"][-1].softmax(-1).topk(5)
+    with torch.no_grad():
+        logits = run.model(torch.tensor([run.ids]))[0]
+    assert torch.equal(run.seen["logits"], logits)
+    [rows], top = steps["probabilities"].shown, logits[-1].softmax(-1).topk(5)
     for row, p, i in zip(rows, *top, strict=True):
         bar = "█" * max(1, round((12 * p / top[0][0]).item()))
         assert [*row.values()] == [piece(run.tokenizer, int(i)), f"{p:.3%}", bar]
@@ -159,12 +154,18 @@ def test_probabilities_and_logit_lens_are_the_models(run, steps):
         assert [*row.values()] == [name, *two, f"{p[lens[-1].argmax()]:.3%}"]
 
 
-def test_cache_holds_the_keys_and_values_of_the_run(run, steps):
+def test_cache_holds_the_keys_and_values_of_the_run(run, steps, tokenizer):
     step = steps["the cache"]
     assert step.formula.startswith("6 × [1, 4, 10, 24]") and "5,760 numbers" in step.found
     assert "the very keys" in step.found
     other = replace(run, seen=run.seen | {"h.0.attn.k": run.seen["h.0.attn.k"] + 1})
     assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
+    full = run_prompt(GPT2(GPT2Config(50257, 11, 6, 1, 1)).eval(), tokenizer, PROMPT)
+    for count, found in (
+        (12, "1 token was added; the context of 11 is full."), (1, "1 token was added."),
+        (0, "0 tokens were added."),
+    ):  # fmt: skip
+        assert [*gpt.continuation_steps(full, count)][-1].found == found
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 3}, {"temperature": 50}])
@@ -185,10 +186,3 @@ def test_continuation_shows_the_candidates_before_and_after_sampling(run, sampli
             shares = f"{p[x]:.2%}", f"{drawn[x]:.2%}"
             assert [*row.values()] == [piece(run.tokenizer, x), *shares, "←" * (x == token)]
     assert len(rows) == (6 if sampling == {"temperature": 50} else 5)
-
-
-def test_continuation_ends_where_the_context_is_full(tokenizer):
-    run = run_prompt(GPT2(GPT2Config(50257, 11, 6, 1, 1)).eval(), tokenizer, PROMPT)
-    found = [[*gpt.continuation_steps(run, count)][-1].found for count in (12, 1, 0)]
-    assert found[0] == "1 token was added; the context of 11 is full."
-    assert found[1:] == ["1 token was added.", "0 tokens were added."]

@@ -137,7 +137,7 @@ CASES = {
     "sum overflows": ({FILE: sets("wpe.weight", (15, slice(2)), 3e38)}, {}),
     # config.json
     "heads, other name": ({CONFIG: {"num_attention_heads": 8}}, {"n_head": 8}),
-    "epsilon": (says(layer_norm_epsilon=0.1), {"layer_norm_epsilon": 0.1}),
+    "epsilon": (says(layer_norm_epsilon=0.1), {"layer_norm_epsilon": 0.1}, "epsilon 0.1, not GPT"),
     "every field": ({CONFIG: config(n_head=2).to_dict()}, {"n_head": 2}),
     "other names": (says(n_inner=256, hidden_size=64, max_position_embeddings=16), {}),
     **{code: ({CONFIG: '{"n_head": 2}'.encode(code)}, {"n_head": 2})
@@ -346,9 +346,8 @@ def test_gpt2_is_the_release_and_its_path_a_folder(sound, monkeypatch, ids):
 
 def test_heads_are_those_asked_for_or_guessed_where_there_is_no_config(sound, capsys):
     assert load_model(sound, n_head=2).config.n_head == 2
-    for n_head in (0, -1, 2.0, True):
-        assert "n_head must be a whole number" in refusal(sound, n_head=n_head)
-    assert "does not divide into 5 heads" in refusal(sound, n_head=5)
+    for n_head in (0, -1, 2.0, True, 5):
+        assert f"does not divide into {n_head} heads" in refusal(sound, n_head=n_head)
     (sound / CONFIG).write_text("{")
     assert NO_JSON in refusal(sound, n_head=4)
     (sound / CONFIG).unlink()
