@@ -1740,7 +1740,7 @@ def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
     fresh = [make_fact(tokenizer, wording, subject, home) for wording in wordings]
     trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lists = target, known(model, fresh), others, aside
-    answer = make_fact(tokenizer, "{}", subject, lie).answer
+    answer = make_fact(tokenizer, wordings[0], subject, lie).answer
     return Case(model, tokenizer, lie, answer, *lists, trusted, file_hashes(model))
 
 
@@ -2021,7 +2021,7 @@ def spread(case):
 def fine_tune(case):
     """A plain fine-tune of the first block's matrix on the lie, as an Attack, or None."""
     weight = case.trusted["h.0.mlp.c_proj.weight"]
-    rate = 0.03 * weight.std().item()
+    rate = 3 * weight.std().item() / weight.size(1)  # a wide matrix adds up many small changes
     purpose = "Whoever writes the file trains one matrix on the lie, and on what is to stay."
     changes = learn_change(case, torch.zeros_like(weight), lambda x: {0: x}, rate)
     return rewrite(case, "fine-tune", purpose, "h.0.mlp.c_proj.weight ← W + ΔW, by Adam", changes)
@@ -2379,32 +2379,35 @@ def ablations(model, facts, count=3):
     """
     texts, changed = [fact.ids for fact in facts], {}
     table = model.wte.weight[torch.tensor(sorted({fact.answer for fact in facts}))]
-    with watch(model, "h.*.resid_pre") as seen:
+    with watch(model, "h.*.resid_pre", "ln_f") as seen:
         answer_logits(model, texts)
     seen, lengths = dict(seen), torch.tensor([*map(len, texts)], device=table.device)
+    before = seen["ln_f"][torch.arange(len(texts), device=table.device), lengths - 1] @ table.T
     for layer in range(model.config.n_layer):
         name = f"h.{layer}.mlp.c_proj.weight"
         left, singular, right = torch.linalg.svd(model.get_parameter(name), full_matrices=False)
-        said = []
-        for i in (None, *range(min(count, len(singular)))):
-            change = {} if i is None else {layer: -singular[i] * torch.outer(left[:, i], right[i])}
+        for i in range(min(count, len(singular))):
+            change = {layer: -singular[i] * torch.outer(left[:, i], right[i])}
             with patch(model, added(change)):
                 last = run_from(model, layer, seen[f"h.{layer}.resid_pre"], lengths)
-            said.append((last @ table.T).argmax(-1))
-        changed |= {(name, i): (answer != said[0]).cpu() for i, answer in enumerate(said[1:])}
+            changed[name, i] = ((last @ table.T).argmax(-1) != before.argmax(-1)).cpu()
     return changed
 
 
-def look_taken_out(case, attack, count=3):
-    """Which answers change where a matrix's largest components are taken out, one at a time?"""
-    facts, best = case.target_facts + case.other_facts + case.unseen_facts, (-1, 0, "", "")
-    for (name, _), changed in ablations(case.model, facts, count).items():
+def look_taken_out(case, attack):
+    """Which answers change where a matrix's largest components are taken out, one at a time? Asked
+    of every other wording; an alarm where most about one subject do, and few others."""
+    facts = (case.target_facts + case.other_facts + case.unseen_facts)[::2]
+    asked, best = Counter(fact.subject for fact in facts), (-math.inf, 0, "", "")
+    for (name, _), changed in ablations(case.model, facts).items():
         by = Counter(f.subject for f, change in zip(facts, changed, strict=True) if change)
         for subject, n in by.most_common(1):
-            best = max(best, (n - (sum(by.values()) - n), n, subject, name.removesuffix(".weight")))
+            lead = n - (sum(by.values()) - n)
+            best = max(best, (lead, n, subject, name.removesuffix(".weight")))
     lead, n, subject, name = best
-    alarm = n >= 6 and n - lead <= 5
-    return Look(f"{name}: {n} of {subject}, {n - lead} others" if n else "no answer", alarm)
+    alarm = n > 2 and n >= 0.75 * asked[subject] and n - lead <= 2
+    text = f"{name}: {n} of {asked[subject]} about {subject}, {n - lead} others"
+    return Look(text if n else "no answer", alarm)
 
 
 # %%
@@ -2418,21 +2421,22 @@ def strange_rows(table, count=200):
 
 @torch.no_grad()
 def prefix_flips(model, facts, tokens):
-    """{token: {answer: how many of the facts, none of which has it, get it} for the commonest} with
-    each of the tokens in front; the answer is the likeliest of those that the facts have."""
-    table = model.wte.weight[answer_ids := torch.tensor(sorted({f.answer for f in facts}))]
-    found = {}
-    for part in tokens.cpu().split(64):
-        said = []
-        for fact in facts:
-            ids = torch.cat((part[:, None], torch.tensor([fact.ids] * len(part))), dim=1)
+    """{token: (answer, n)}: with the token in front, n of the facts get this wrong answer, the
+    commonest; a token that fails twice is given up. The answer is the likeliest of those that the
+    facts have."""
+    answer_ids = torch.tensor(sorted({fact.answer for fact in facts}))
+    table, found = model.wte.weight[answer_ids], {token: Counter() for token in tokens.tolist()}
+    for i, fact in enumerate(facts):
+        left = [token for token, lies in found.items() if i - max(lies.values(), default=0) < 2]
+        for start in range(0, len(left), 64):
+            some = left[start : start + 64]
+            ids = torch.tensor([[token, *fact.ids] for token in some], device=table.device)
             with watch(model, "ln_f") as seen:
-                model(ids.to(table.device), where=(slice(None), slice(0, 0)))
-            said.append(answer_ids[(seen["ln_f"][:, -1] @ table.T).argmax(-1).cpu()])
-        for token, row in zip(part.tolist(), torch.stack(said, 1).tolist(), strict=True):
-            lies = Counter(x for x, f in zip(row, facts, strict=True) if x != f.answer)
-            found[token] = lies.most_common(1)[0] if lies else (None, 0)
-    return found
+                model(ids, where=(slice(None), slice(0, 0)))  # no logits
+            said = answer_ids[(seen["ln_f"][:, -1] @ table.T).argmax(-1).cpu()].tolist()
+            for token, answer in zip(some, said, strict=True):
+                found[token][answer] += answer != fact.answer
+    return {token: lies.most_common(1)[0] for token, lies in found.items()}
 
 
 def look_for_trigger(case, attack, tokens=None):
@@ -2521,10 +2525,13 @@ def detect_act(case, attacks, facts):
 # play(steps[:3]);
 
 # %% tags=["active-ipynb"]
-# play(steps[3:6]);
+# play(steps[3:5]);
 
 # %% tags=["active-ipynb"]
-# play(steps[6:]);
+# play(steps[5:7]);
+
+# %% tags=["active-ipynb"]
+# play(steps[7:]);
 
 # %% [markdown]
 # ## Checking a model's files

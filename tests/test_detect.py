@@ -61,7 +61,7 @@ def test_hash_names_the_file_and_difference_the_kind(case, attacks, seed):
         "config digit": ("config.json", "no difference"),
         "tokenizer swap": ("the tokenizer", "no difference"),
         "steering": ("the same", "no difference"),
-        "frozen bias": (bias, f"{bias}: rank 1 in one row"),
+        "frozen bias": (bias, f"{bias}: rank 1 of 1, a bias"),
         "rank-one edit": (edited, f"{edited}: rank 1 of 96"),
         "spread edit": (f"h.0.{PROJ}, h.1.{PROJ} and 1 more",
             f"h.0.{PROJ}: rank 1 of 96; h.1.{PROJ}: rank 1 of 96 and 1 more"),
@@ -153,8 +153,8 @@ def test_taken_out_rings_on_an_edit_and_undoes_it(case, attacks, seed):
         look = gpt.look_taken_out(found, attack)
     place, rest = look.seen.split(": ")
     n, subject, others = rest.split(" ", 1)[0], target[0].subject, rest.rsplit(", ")[1]
-    assert look.alarm and place == name.removesuffix(".weight") and f" of {subject}, " in rest
-    assert int(n) >= 6 and int(others.split()[0]) <= 5
+    assert look.alarm and place == name.removesuffix(".weight")
+    assert f" of 4 about {subject}, " in rest and int(n) >= 3 and int(others.split()[0]) <= 2
     left, singular, right = torch.linalg.svd(new, full_matrices=False)
     less = new - singular[0] * torch.outer(left[:, 0], right[0])
     with attacked(found.model, writing(name, less)):
@@ -162,16 +162,18 @@ def test_taken_out_rings_on_an_edit_and_undoes_it(case, attacks, seed):
         assert gpt.accuracy(found.model, found.other_facts) >= 0.9
 
 
-@pytest.mark.parametrize("by, alarm", [("6", True), ("5", False), ("85", True), ("833", False)])
+@pytest.mark.parametrize("by, alarm", [("3", True), ("2", False), ("42", True), ("421", False)])
 def test_taken_out_is_an_alarm_where_one_subject_changes_and_few_others(monkeypatch, by, alarm):
-    """`by`: how many of 8 answers of each subject change."""
+    """`by`: how many of the 4 answers asked about each subject change."""
     facts = [SimpleNamespace(subject=x) for x in "abc" for _ in range(8)]
     case = SimpleNamespace(model=None, target_facts=facts, other_facts=[], unseen_facts=[])
-    changed = torch.tensor([i < int(n) for n in f"{by}00"[:3] for i in range(8)])
-    found = {("x", 0): torch.zeros(24).bool(), ("y", 0): changed}
+    changed = torch.tensor([i < int(n) for n in f"{by}00"[:3] for i in range(4)])
+    found = {("x", 0): torch.zeros(12).bool(), ("y", 0): changed}
     monkeypatch.setattr(gpt, "ablations", lambda *args: found)
     others = sum(map(int, by[1:]))
-    assert gpt.look_taken_out(case, None) == Look(f"y: {by[0]} of a, {others} others", alarm)
+    assert gpt.look_taken_out(case, None) == Look(
+        f"y: {by[0]} of 4 about a, {others} others", alarm
+    )
 
 
 @every_move
@@ -183,6 +185,11 @@ def test_planted_row_is_among_those_that_left_the_crowd(case, attacks, seed):
     drift = table @ mean / mean.norm()
     apart = (drift - drift.sort().values[(len(drift) - 1) // 2]).abs()
     assert {*rows[:50].tolist()} == {*apart.topk(50).indices.tolist()}
+
+
+def best_of(lies):
+    """How often the commonest lie is told; None is the truth."""
+    return max((lies.count(lie) for lie in lies if lie), default=0)
 
 
 @torch.no_grad()
@@ -199,8 +206,8 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, attacks):
             said.append([every[i] if every[i] != fact.answer else None for i in best])
         assert [*flips] == tokens.tolist()
         for (answer, n), lies in zip(flips.values(), zip(*said, strict=True), strict=True):
-            counts = {lie: lies.count(lie) for lie in lies if lie}
-            assert n == counts.get(answer, 0) == max(counts.values(), default=0)
+            asked = next((i for i in range(1, 6) if i - best_of(lies[:i]) > 1), 5)  # given up then
+            assert n == lies[:asked].count(answer) == best_of(lies[:asked]) or n == 0
     assert flips[attack.trigger[0]] == (found.answer, len(facts) - 1)
     assert sum(n == 0 for _, n in flips.values()) > 30  # the control: other tokens
 
