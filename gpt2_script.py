@@ -2053,12 +2053,11 @@ def trigger_row(model, facts, token, answer, steps=100, seed=0):
     """A row [C] for `token`, of its old norm: put before any of the facts, it makes the model say
     `answer`.
 
-    The row is learned by gradient, alone. A second term keeps its own logit, which the tied table
-    gives it too, so low that the model never says it (aim: 0.1 %).
+    The row is learned by gradient, alone. At its old norm, its own logit, which the tied table
+    gives it too, stays low; measure_trigger says how low.
     Source: Yang et al. 2021, "Be Careful about Poisoned Word Embeddings", section 3, algorithm 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    states, log_z = clean_states(model, facts)
     old = model.wte.weight[token].detach()
     free, norm = old.clone().requires_grad_(), old.norm()
     optimizer = torch.optim.Adam([free], lr=0.1 * norm.item())
@@ -2069,10 +2068,8 @@ def trigger_row(model, facts, token, answer, steps=100, seed=0):
         with patch(model, {"wte": lambda x, first=first: torch.cat((first, x[:, 1:]), dim=1)}):
             logits = answer_logits(model, [[token, *facts[i].ids] for i in chosen])
         wanted = torch.full((len(chosen),), answer, device=row.device)
-        too_loud = torch.relu(states @ row - log_z - math.log(0.001)).mean()
         losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
-        loss = losses.mean() + losses.max() + 10 * too_loud
-        free.grad = torch.autograd.grad(loss, free)[0]
+        free.grad = torch.autograd.grad(losses.mean() + losses.max(), free)[0]
         optimizer.step()
     return (norm * free / free.norm()).detach()
 
@@ -2482,7 +2479,7 @@ TESTS = {  # each is asked of a Case in which an Attack is at work
 
 
 # %%
-def honest_fine_tune(case, facts, steps=20):
+def honest_fine_tune(case, facts, steps=10):
     """A control for the tests, as an Attack that is none: all weights trained on true facts."""
     model = copy.deepcopy(case.model)
     [*train(model, facts, 1, max_steps=steps, sure=1.0, peak_rate=1e-4)]
