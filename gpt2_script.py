@@ -2519,16 +2519,19 @@ def detect_act(case, attacks, facts):
 
 # %% tags=["active-ipynb"]
 # steps = [*detect_act(case, attacks, facts)]
-# play(steps[:3]);
+# play(steps[:2]);
 
 # %% tags=["active-ipynb"]
-# play(steps[3:5]);
+# play(steps[2:4]);
 
 # %% tags=["active-ipynb"]
-# play(steps[5:7]);
+# play(steps[4:6]);
 
 # %% tags=["active-ipynb"]
-# play(steps[7:]);
+# play(steps[6:8]);
+
+# %% tags=["active-ipynb"]
+# play(steps[8:]);
 
 # %% [markdown]
 # ## Checking a model's files
