@@ -2403,7 +2403,7 @@ def look_taken_out(case, attack):
             best = max(best, (lead, n, subject, name.removesuffix(".weight")))
     lead, n, subject, name = best
     alarm = n > 2 and n >= 0.75 * asked[subject] and n - lead <= 2
-    text = f"{name}: {n} of {asked[subject]} about {subject}, {n - lead} others"
+    text = f"{name}: {n} of {asked[subject]} about {subject}, {n - lead} elsewhere"
     return Look(text if n else "no answer", alarm)
 
 
@@ -2499,7 +2499,7 @@ def detect_act(case, attacks, facts):
             seen[attack.name] = {name: look(case, attack) for name, look in TESTS.items()}
     for name, look in TESTS.items():
         looks = {model: looks[name] for model, looks in seen.items()}
-        rows = [{"model": x, "": "ALARM" * y.alarm, "seen": y.seen} for x, y in looks.items()]
+        rows = [{"model": x, "": "ALARM: " * y.alarm + y.seen} for x, y in looks.items()]
         yield Step(name, " ".join(look.__doc__.split()), shown=[rows])
     rows = []
     for model, looks in seen.items():

@@ -172,7 +172,7 @@ def test_taken_out_is_an_alarm_where_one_subject_changes_and_few_others(monkeypa
     monkeypatch.setattr(gpt, "ablations", lambda *args: found)
     others = sum(map(int, by[1:]))
     assert gpt.look_taken_out(case, None) == Look(
-        f"y: {by[0]} of 4 about a, {others} others", alarm
+        f"y: {by[0]} of 4 about a, {others} elsewhere", alarm
     )
 
 
@@ -255,7 +255,7 @@ def test_act_tells_what_each_test_sees_of_each_model(case, attacks, facts, monke
     for step in steps:
         seen = {model: looks[model, step.name] for model in names}
         assert [[*row.values()] for row in step.shown[0]] == [
-            [model, "ALARM" * look.alarm, look.seen] for model, look in seen.items()
+            [model, "ALARM: " * look.alarm + look.seen] for model, look in seen.items()
         ]
     for row, model in zip(summary.shown[0], names, strict=True):
         alarms = {test: "ALARM" if looks[model, test].alarm else "-" for test in tests}
