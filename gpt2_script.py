@@ -2505,11 +2505,11 @@ def detect_act(case, attacks, facts):
     for model, looks in seen.items():
         alarms = {name: "ALARM" if look.alarm else "-" for name, look in looks.items()}
         rows.append({"model": model} | alarms)
-    free = "scan", "taken out", "trigger", "others"  # that need no trusted copy and no target
+    free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
     silent = [x.name for x in attacks if not any(seen[x.name][test].alarm for test in free)]
     found = "a hash of every file sees every change of one, honest ones too, and needs a trusted "
-    found += "copy. Of the tests that need neither a copy nor the right question, none sees: "
-    found += f"{', '.join(silent) or 'nothing here'}. No alarm is no proof."
+    found += "copy. Of the tests that need neither a copy nor the target's right answers, none "
+    found += f"sees: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [rows], found)
     yield restored_step(case)
 
