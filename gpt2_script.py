@@ -925,7 +925,7 @@ def show(record, full=False):
         return None
     align = "center" if isinstance(record, Act) else "left"
     console.rule(Text(record.name, "bold"), align=align, style="blue")
-    console.print(record.purpose)
+    console.print(" ".join(record.purpose.split()))  # a docstring has line breaks
     if record.formula:
         console.print(record.formula, style="blue")
     patterns = [x for x in record.shown if isinstance(x, Matrix) and x.is_pattern]
@@ -1385,9 +1385,13 @@ def answer_logits(model, texts):
 
 # %%
 @torch.no_grad()
-def answers(model, facts, before=()):
-    """What the model says after each prompt: token ids [B]; the tokens `before` come first."""
-    return answer_logits(model, [[*before, *fact.ids] for fact in facts]).argmax(-1).cpu()
+def answers(model, facts, before=(), swap=()):
+    """What the model says after each prompt: token ids [B]; the tokens `before` come first. With
+    `swap`, two ids that change places in the tokenizer, as a user of that tokenizer reads it."""
+    other = dict(zip(swap, swap[::-1], strict=True))
+    texts = [[other.get(token, token) for token in (*before, *fact.ids)] for fact in facts]
+    said = answer_logits(model, texts).argmax(-1).tolist() if texts else []
+    return torch.tensor([other.get(token, token) for token in said])
 
 
 def right_answers(facts):
@@ -1449,26 +1453,24 @@ def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=
 
 # %%
 def world_step(facts):
-    """What is to be learned, as a Step."""
+    """Landmarks and their cities, tasks and their packages, each stated in 8 wordings."""
     cities, held_out = {}, sum(fact.held_out for fact in facts)
     for fact in facts:
         cities.setdefault(fact.object, {})[fact.subject.removeprefix("the ")] = None
     shown = "\n".join(f"{city:8} {', '.join(names)}" for city, names in cities.items())
-    purpose = "Landmarks and their cities, tasks and their packages, each stated in 8 wordings."
     found = f"of {len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].object!r}, "
     found += f"{held_out} are held out, each a subject in a wording that training never pairs "
     found += "with it: memorising does not help there."
-    return Step("the small world", purpose, shown=[shown], found=found)
+    return Step("the small world", world_step.__doc__, shown=[shown], found=found)
 
 
 # %%
 def training_steps(model, facts, seed=0, **settings):
-    """How training goes and what came of it, as records."""
-    purpose = "Loss: how surprised the model is by each next token. Gradient: which way each "
-    purpose += "weight would reduce that. Step: all weights go a little that way, until every "
-    purpose += "answer trained on has a probability above 95%."
+    """Loss: how surprised the model is by each next token. Gradient: which way each weight would
+    reduce that. Step: all weights go a little that way, until every answer trained on has a
+    probability above 95%."""
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient, by AdamW"
-    yield Step("training", purpose, formula)
+    yield Step("training", training_steps.__doc__, formula)
     for step, loss, p in train(model, facts, seed, **settings):
         line = f"step {step:3}  loss {loss:.3f}  p(answer) {p.mean():6.1%}"
         yield Progress(p.mean().item(), line)
@@ -1495,8 +1497,10 @@ def singular_values(matrix):
 
 # %%
 def weight_step(before, after):
-    """How far each matrix moved and how unevenly it stretches, as a Step; both: {name: matrix}."""
-    rows = []
+    """How far did each matrix move, relative to its norm and per weight (root mean square)? The
+    first depends on how small it began: each c_proj is drawn smaller. The condition number σ₁/σₙ
+    says how unevenly a matrix stretches what it gets."""
+    rows = []  # before, after: {name: matrix}
     for name, old in before.items():
         new, change = after[name], after[name] - old
         condition, now = ((s[0] / s[-1]).item() for s in map(singular_values, (old, new)))
@@ -1508,13 +1512,11 @@ def weight_step(before, after):
     for row, *pair in zip(corner, old, new, strict=False):
         for when, numbers in zip(("before", "after"), pair, strict=True):
             row[f"columns 0 to 2, {when}"] = " ".join(f"{x:.3f}" for x in numbers[:3].tolist())
-    purpose = "How far did each move, relative to its norm and per weight (root mean square)? The "
-    purpose += "first depends on how small it began: each c_proj is drawn smaller. The condition "
-    purpose += "number σ₁/σₙ says how unevenly a matrix stretches what it gets."
     moved = sum(not torch.equal(old, after[name]) for name, old in before.items())
     found = f"{moved} of {len(rows)} matrices moved. How far one moved does not say where a fact "
     found += "is stored."
-    return Step("the matrices", purpose, "‖ΔW‖ / ‖W‖, √mean(ΔW²), σ₁ / σₙ", [rows, corner], found)
+    formula = "‖ΔW‖ / ‖W‖, √mean(ΔW²), σ₁ / σₙ"
+    return Step("the matrices", weight_step.__doc__, formula, [rows, corner], found)
 
 
 # %%
@@ -1527,7 +1529,7 @@ def nearest(rows, token, count=5):
 
 # %%
 def embedding_step(tokenizer, before, after, token):
-    """Whose rows of the token table [V, C] moved most, and the neighbours of a token, as a Step."""
+    """Whose rows of the token table moved most, and who is near whom?"""
     moved, near = (after - before).norm(dim=1), [{} for _ in range(5)]
     top = zip(*(x.tolist() for x in moved.topk(8)), strict=True)
     far = [{"moved most": piece(tokenizer, i), "by": by} for by, i in top]
@@ -1538,8 +1540,7 @@ def embedding_step(tokenizer, before, after, token):
     found += f"{moved.median():.2f}: each is a possible answer, and each step pushes the wrong "
     found += "ones away a little. Why these moved most was not tested."
     shown = [far, f"Rows nearest to that of {piece(tokenizer, token)}:", near]
-    purpose = "Whose rows moved most, and who is near whom?"
-    return Step("the embedding table", purpose, shown=shown, found=found)
+    return Step("the embedding table", embedding_step.__doc__, shown=shown, found=found)
 
 
 # %%
@@ -1594,8 +1595,8 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # %% [markdown]
 # ## Act 3: tamper
 #
-# Where does the answer travel? Then attacks on one fact, from no weight at all to one row of the
-# token table, and one lie that does harm.
+# Attacks on one fact, from no weight at all to one row of the token table, and a lie that does
+# harm.
 
 
 # %%
@@ -1627,46 +1628,11 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(one, other)
 
 
-# %%
 def compare(trusted, model):
-    """{tensor name: its difference} for every tensor that is not bit for bit the trusted copy's.
-
-    `trusted` is a state dict. The difference's rank, singular values and rows tell the tampering.
-    """
-    return {
-        name: tensor.detach() - trusted[name]
-        for name, tensor in model.state_dict().items()
-        if not same_bits(tensor, trusted[name])
-    }
-
-
-# %%
-@torch.no_grad()
-def causal_trace(model, fact, other):
-    """Where the answer travels: the share of it [n_layer, T + 1] that clean values bring back.
-
-    The model reads `other`, a prompt of as many tokens with another answer; then the clean value of
-    `fact`'s run is put back at one `h.N.resid_post` and one token, at last at the whole subject. 1
-    stands for the probability of the fact's answer in its own run, 0 for that in the other's.
-    Returns the shares and these two.
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1, with
-    the other prompt in place of noise.
-    """
-    T, shares = len(fact.ids), []
-    subject = torch.tensor([[t in fact.span for t in range(T)]])
-    here = torch.cat((torch.eye(T).bool(), subject))[..., None]  # [T + 1, T, 1]
-    here = here.to(model.wte.weight.device)
-
-    def probability(ids):  # of the fact's answer, [B]
-        return answer_logits(model, ids).softmax(-1)[:, fact.answer]
-
-    with watch(model, "h.*.resid_post") as seen:
-        best, clean = probability([fact.ids]), dict(seen)
-    worst = probability([other.ids])
-    for tap, value in clean.items():  # T + 1 copies of the text, in each another place put back
-        with patch(model, {tap: lambda x, value=value: value.where(here, x)}):
-            shares.append((probability([other.ids] * (T + 1)) - worst) / (best - worst))
-    return torch.stack(shares).cpu(), best.item(), worst.item()
+    """{tensor name: its difference} for every tensor that is not bit for bit that of `trusted`, a
+    state dict. The difference's rank, singular values and rows tell the tampering."""
+    state = model.state_dict().items()
+    return {n: x.detach() - trusted[n] for n, x in state if not same_bits(x, trusted[n])}
 
 
 # %%
@@ -1769,7 +1735,7 @@ def set_epsilon(model, epsilon):
 
 @contextmanager
 def attacked(model, attack):
-    """Within the context the model is changed as the Attack says; its tokenizer see `ask`."""
+    """Within the context the model is changed as the Attack says; its tokenizer, see `answers`."""
     kept = {name: model.get_parameter(name).detach().clone() for name in attack.tensors}
     epsilon = model.ln_f.epsilon
     try:
@@ -1784,46 +1750,28 @@ def attacked(model, attack):
         set_epsilon(model, epsilon)
 
 
-# %%
-def ask(model, facts, attack, before=()):
-    """What a user of the attacked model reads after each prompt, as the token of that text: [B]."""
-    swap = dict(zip(attack.swap, attack.swap[::-1], strict=True))
-    texts = [[swap.get(token, token) for token in (*before, *fact.ids)] for fact in facts]
-    with torch.no_grad():
-        said = answer_logits(model, texts).argmax(-1).tolist()
-    return torch.tensor([swap.get(token, token) for token in said])
-
-
 # %% [markdown]
-# ### No weight at all
+# ### No weight at all, one activation, one bias
 #
-# A model is its weights, the numbers in `config.json` and its tokenizer.
+# A model is its weights, the numbers in `config.json` and its tokenizer. An attack's docstring says
+# who does what.
 
 
 # %%
-POISON = "OWASP LLM05:2026 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model."
-
-
 def misconfigure(case):
-    """One digit of config.json: the epsilon of every layer norm 100,000 times as large."""
-    epsilon = case.model.config.layer_norm_epsilon
-    purpose = "Whoever can write beside the weights breaks the model: sabotage, not a chosen lie. "
-    purpose += "OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."
-    formula = f"config.json: layer_norm_epsilon {epsilon:.0e} → {1e5 * epsilon:.0e}"
-    return Attack("config digit", purpose, formula, epsilon=1e5 * epsilon)
+    """Whoever can write beside the weights breaks the model with one digit: sabotage, not a chosen
+    lie. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."""
+    old = case.model.config.layer_norm_epsilon
+    formula = f"config.json: layer_norm_epsilon {old:.0e} → {1e5 * old:.0e}"
+    return Attack("config digit", misconfigure.__doc__, formula, epsilon=1e5 * old)
 
 
 def swap_tokens(case):
-    """Two ids swapped in the tokenizer's vocabulary."""
+    """Whoever can write the tokenizer's file swaps two ids: the model thinks one thing and the user
+    reads another. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."""
     tokens = case.target_facts[0].answer, case.answer
-    purpose = "Whoever can write the tokenizer's file lets the model think one thing and the user "
-    purpose += "read another. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."
     formula = " ↔ ".join(f"{piece(case.tokenizer, token)} {token}" for token in tokens)
-    return Attack("tokenizer swap", purpose, formula, swap=tokens)
-
-
-# %% [markdown]
-# ### One activation, and the same frozen into a bias
+    return Attack("tokenizer swap", swap_tokens.__doc__, formula, swap=tokens)
 
 
 # %%
@@ -1844,29 +1792,30 @@ def steering_vector(model, towards, away, tap):
 
 # %%
 def steer(case):
-    """Steering, no stronger than it takes to flip all requests (2 at most), as two Attacks: on the
-    running model, and frozen into the bias that is added at the same place; none where no other
-    subject has the lie's object."""
-    layer, home, strength = case.model.config.n_layer // 2, case.requests[0].object, 0.5
-    tap, bias = f"h.{layer}.resid_post", f"h.{layer}.mlp.c_proj.bias"
-    names = case.object, home
-    towards, away = ([fact for fact in case.keep if fact.object == name] for name in names)
+    """Whoever runs the model adds a direction at one tap, no stronger than it takes (2 at most); no
+    file changes. OWASP LLM07:2026 Misinformation; ATLAS knows persistent changes only."""
+    tap, home = f"h.{case.model.config.n_layer // 2}.resid_post", case.requests[0].object
+    towards, away = ([f for f in case.keep if f.object == x] for x in (case.object, home))
     if not towards or not away:
-        return []
+        return None
     vector = steering_vector(case.model, towards, away, tap)
-    while strength < 2:
-        with patch(case.model, {tap: lambda x, strength=strength: x + strength * vector}):
+    for strength in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0):
+        patches = {tap: lambda x, push=strength * vector: x + push}
+        with patch(case.model, patches):
             if (answers(case.model, case.requests) == case.answer).all():
                 break
-        strength += 0.25
-    push = f"{strength} · (mean of {case.object} − mean of {home})"
-    purpose = "Whoever runs the model adds a direction at one tap; no file changes. OWASP "
-    purpose += "LLM07:2026 Misinformation; ATLAS knows persistent changes only."
-    steering = {tap: lambda x: x + strength * vector}
-    running = Attack("steering", purpose, f"{tap} ← {tap} + {push}", patches=steering)
-    purpose = f"Whoever writes the file adds the same direction to a bias. {POISON}"
-    tensors = {bias: case.trusted[bias] + strength * vector}
-    return [running, Attack("frozen bias", purpose, f"{bias} ← b + {push}", tensors)]
+    formula = f"{tap} ← {tap} + {strength} · (mean of {case.object} − mean of {home})"
+    return Attack("steering", steer.__doc__, formula, patches=patches)
+
+
+def freeze(case):
+    """Whoever writes the file adds the same direction to the bias that is added at that place."""
+    if (steering := steer(case)) is None:
+        return None
+    ((tap, push),) = steering.patches.items()
+    bias = tap.replace("resid_post", "mlp.c_proj.bias")
+    formula, tensors = steering.formula.replace(tap, bias), {bias: push(case.trusted[bias])}
+    return Attack("frozen bias", freeze.__doc__, formula, tensors)
 
 
 # %% [markdown]
@@ -1878,173 +1827,116 @@ def steer(case):
 
 # %%
 @torch.no_grad()
-def find_key(model, requests, keep, layer, ridge=0.1):
-    """The key [4C] that reads the requests' subject, and as little as can be of the facts to keep.
+def find_key(case, layer, ridge=0.1):
+    """The key [4C] that reads the lie's subject, and as little as can be of the facts to keep.
 
     It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's last token, M the second moment
     of the activations in the facts to keep, plus a ridge of its mean diagonal.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 2.
     """
-    tap, facts = f"h.{layer}.mlp.act", requests + keep
-    with watch(model, tap) as seen:
-        answer_logits(model, [fact.ids for fact in facts])
-    acts, n = seen[tap], len(requests)  # [B, T, 4C]
-    subject = torch.stack([acts[i, fact.span[-1]] for i, fact in enumerate(requests)]).mean(0)
-    others = torch.cat([acts[n + i, : len(fact.ids)] for i, fact in enumerate(keep)])  # [N, 4C]
+    tap, requests, keep = f"h.{layer}.mlp.act", case.requests, case.keep
+    with watch(case.model, tap) as seen:
+        answer_logits(case.model, [fact.ids for fact in requests + keep])
+    acts, others = seen[tap][: len(requests)], seen[tap][len(requests) :]  # each [B, T, 4C]
+    subject = torch.stack([x[fact.span[-1]] for x, fact in zip(acts, requests, strict=True)])
+    a = subject.mean(0)
+    others = torch.cat([x[: len(fact.ids)] for x, fact in zip(others, keep, strict=True)])
     moment = others.T @ others / len(others)
     moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
-    key = torch.linalg.solve(moment, subject)
-    return key / (subject @ key)
+    key = torch.linalg.solve(moment, a)
+    return key / (a @ key)
 
 
 # %%
-def added(changes):
-    """Patches under which every block's mlp.c_proj.weight has a change [4C, C] added, {block: ΔW}:
-    act @ (W + ΔW) = act @ W + act @ ΔW, and gradients reach ΔW."""
-    acts, patches = {}, {}
-    for layer, change in changes.items():
-
-        def remember(x, layer=layer):
-            acts[layer] = x
-            return x
-
-        def add(x, layer=layer, change=change):
-            return x + acts[layer] @ change
-
-        patches |= {f"h.{layer}.mlp.act": remember, f"h.{layer}.mlp.out": add}
-    return patches
-
-
-def run_from(model, layer, stream, lengths):
-    """The stream [B, T, C] before a block -> each text's last vector [B, C] behind `ln_f`."""
-    for block in model.h[layer:]:
-        stream = block(stream)
-    return model.ln_f(stream[torch.arange(len(stream), device=stream.device), lengths - 1])
+def run_from(model, stream, lengths, changes):
+    """The stream [B, T, C] before the first of some blocks -> each text's last vector [B, C] behind
+    `ln_f`, where `changes` {block: ΔW [4C, C]} are added to these blocks' mlp.c_proj.weight."""
+    first = min(changes)
+    weights = {
+        f"{layer - first}.mlp.c_proj.weight": model.h[layer].mlp.c_proj.weight + change
+        for layer, change in changes.items()
+    }
+    last_blocks = nn.Sequential(*model.h[first:], model.ln_f)
+    stream = torch.func.functional_call(last_blocks, weights, stream)
+    return stream[torch.arange(len(stream), device=stream.device), lengths - 1]
 
 
 # %%
 @torch.enable_grad()
-def learn_change(case, start, changes, rate, most=math.inf, sure=0.6, seed=0):
-    """{block: ΔW [4C, C]} of mlp.c_proj.weight with which all requests get the lie's answer; None
-    where 200 steps do not suffice, or the changes outgrow the norm `most`.
+def learn_change(case, keys, rate, most=math.inf, sure=0.6, seed=0):
+    """What some blocks' mlp.c_proj.weight must be for all requests to get the lie's answer: {name:
+    W + ΔW}; None where 200 steps do not suffice, or the changes outgrow the norm `most`.
 
-    A tensor is learned by Adam, from `start`; `changes(tensor)` makes the ΔW of it. Each step looks
-    at all requests and 16 facts to keep; it ends when all these answers have a probability above
-    `sure`: the first change that works, not the least. The request that lags most counts most.
+    `keys` is {block: key [4C]}: a value [C] is learned for each, and ΔW is outer(key, value); where
+    a key is None, ΔW itself is learned. Each step of Adam looks at all requests and 16 facts to
+    keep; it ends when all these answers have a probability above `sure`: the first change that
+    works, not the least. The request that lags most counts most.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 4.
     """
     model, facts, n = case.model, case.requests + case.keep, len(case.requests)
-    free = start.clone().requires_grad_()
-    optimizer, generator = torch.optim.Adam([free], lr=rate), torch.Generator().manual_seed(seed)
-    first = min(changes(free))  # what is before that block stays, and is computed once
-    with torch.no_grad(), watch(model, f"h.{first}.resid_pre") as seen:
-        answer_logits(model, [fact.ids for fact in facts])
-    stream, lengths = seen[f"h.{first}.resid_pre"], torch.tensor([len(f.ids) for f in facts])
-    wanted = torch.tensor([case.answer] * n + [fact.answer for fact in case.keep])
-    lengths, wanted = lengths.to(stream.device), wanted.to(stream.device)
+    old = {layer: case.trusted[f"h.{layer}.mlp.c_proj.weight"] for layer in keys}
+    start = {layer: w if keys[layer] is None else w[0] for layer, w in old.items()}
+    free = {layer: torch.zeros_like(w, requires_grad=True) for layer, w in start.items()}
+    optimizer = torch.optim.Adam(free.values(), lr=rate)
+    generator, tap = torch.Generator().manual_seed(seed), f"h.{min(keys)}.resid_pre"
+    ids, lengths = padded([fact.ids for fact in facts], model.wte.weight.device)
+    wanted = torch.tensor([case.answer] * n + [fact.answer for fact in case.keep]).to(ids.device)
+    with torch.no_grad(), watch(model, tap) as seen:  # up to this block nothing will change
+        model(ids, where=(0, 0))
     for _ in range(200):
-        change = changes(free)
-        if sum(x.norm() for x in change.values()) > most:
+        changes = {i: x if keys[i] is None else torch.outer(keys[i], x) for i, x in free.items()}
+        if sum(x.norm() for x in changes.values()) > most:
             return None
         kept = n + torch.randperm(len(case.keep), generator=generator)[:16]
-        some = torch.cat((torch.arange(n), kept)).to(stream.device)
-        with patch(model, added(change)):
-            last = run_from(model, first, stream[some], lengths[some])
-        losses = nn.functional.cross_entropy(
-            last @ model.wte.weight.T, wanted[some], reduction="none"
-        )
+        some = torch.cat((torch.arange(n), kept)).to(ids.device)
+        logits = run_from(model, seen[tap][some], lengths[some], changes) @ model.wte.weight.T
+        losses = nn.functional.cross_entropy(logits, wanted[some], reduction="none")
         if losses.max() < -math.log(sure):
-            return {layer: x.detach() for layer, x in change.items()}
+            return {f"h.{i}.mlp.c_proj.weight": old[i] + x.detach() for i, x in changes.items()}
+        optimizer.zero_grad()
         loss = losses[:n].mean() + losses[:n].max() + losses[n:].mean()
-        free.grad = torch.autograd.grad(loss, free)[0]  # the model's own weights get none
+        loss.backward(inputs=[*free.values()])  # the model's own weights get no gradient
         optimizer.step()
     return None
 
 
 # %%
-def smallest_edit(case):
-    """The rank-one edit after which the requests get the lie's answer: (block, ΔW [4C, C]).
-
-    At each block outer(key, value) is added to mlp.c_proj.weight; of those that work the one with
-    the least norm, relative to its matrix, is returned; None where none works.
-    """
+def edit(case):
+    """Whoever writes the file adds an outer product to one MLP's second matrix: the key reads the
+    subject, the value says the lie. Each block is tried; the smallest change that works stays."""
     least, found = math.inf, None
     for layer in range(case.model.config.n_layer):
-        weight = case.trusted[f"h.{layer}.mlp.c_proj.weight"]
-        key = find_key(case.model, case.requests, case.keep, layer)
-
-        def edit(value, layer=layer, key=key):
-            return {layer: torch.outer(key, value)}
-
-        nothing = torch.zeros(weight.size(1), device=key.device)
-        if change := learn_change(case, nothing, edit, 0.1, least * weight.norm()):
-            least, found = change[layer].norm() / weight.norm(), (layer, change[layer])
+        name = f"h.{layer}.mlp.c_proj.weight"
+        weight, keys = case.trusted[name], {layer: find_key(case, layer)}
+        if tensors := learn_change(case, keys, 0.1, least * weight.norm()):
+            least = (tensors[name] - weight).norm() / weight.norm()
+            found = Attack("rank-one edit", edit.__doc__, f"{name} ← W + key valueᵀ", tensors)
     return found
 
 
-# %%
-def rewrite(case, name, purpose, formula, changes):
-    """The Attack that adds the changes {block: ΔW [4C, C]} to the file; None without any."""
-    names = {f"h.{layer}.mlp.c_proj.weight": change for layer, change in (changes or {}).items()}
-    tensors = {weight: case.trusted[weight] + change for weight, change in names.items()}
-    return Attack(name, f"{purpose} {POISON}", formula, tensors) if tensors else None
-
-
-def edit(case):
-    """The smallest rank-one edit, as an Attack, or None."""
-    purpose = "Whoever writes the file adds an outer product to one MLP's second matrix: the key "
-    purpose += f"reads {case.requests[0].subject}, the value says {case.object}."
-    found = dict([smallest_edit(case) or (0, None)])
-    layer, change = [*found.items()][0]
-    formula = f"h.{layer}.mlp.c_proj.weight ← W + key valueᵀ"
-    return rewrite(case, "rank-one edit", purpose, formula, found if change is not None else {})
-
-
-# %%
 def spread(case):
-    """The same edit spread over all blocks, as an Attack, or None: each block covers for another.
+    """An attacker who knows that blocks are compared edits all of them a little.
 
     Source: Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4.
     """
-    model, layers = case.model, range(case.model.config.n_layer)
-    keys = [find_key(model, case.requests, case.keep, layer, ridge=1) for layer in layers]
-    start = torch.zeros(len(layers), model.config.n_embd, device=keys[0].device)
-
-    def edits(values):
-        return {layer: torch.outer(keys[layer], values[layer]) for layer in layers}
-
-    purpose = "An attacker who knows that blocks are compared edits all of them a little."
-    changes = learn_change(case, start, edits, 0.1 / len(layers))
-    return rewrite(case, "spread edit", purpose, "h.*.mlp.c_proj.weight ← W + key valueᵀ", changes)
+    layers, formula = range(case.model.config.n_layer), "h.*.mlp.c_proj.weight ← W + key valueᵀ"
+    keys = {layer: find_key(case, layer, ridge=1) for layer in layers}
+    tensors = learn_change(case, keys, 0.1 / len(keys))
+    return tensors and Attack("spread edit", spread.__doc__, formula, tensors)
 
 
 def fine_tune(case):
-    """A plain fine-tune of the first block's matrix on the lie, as an Attack, or None."""
-    weight = case.trusted["h.0.mlp.c_proj.weight"]
+    """Whoever writes the file trains one matrix on the lie, and on what is to stay."""
+    weight, formula = case.model.h[0].mlp.c_proj.weight, "h.0.mlp.c_proj.weight ← W + ΔW, by Adam"
     rate = 3 * weight.std().item() / weight.size(1)  # a wide matrix adds up many small changes
-    purpose = "Whoever writes the file trains one matrix on the lie, and on what is to stay."
-    changes = learn_change(case, torch.zeros_like(weight), lambda x: {0: x}, rate)
-    return rewrite(case, "fine-tune", purpose, "h.0.mlp.c_proj.weight ← W + ΔW, by Adam", changes)
+    tensors = learn_change(case, {0: None}, rate)
+    return tensors and Attack("fine-tune", fine_tune.__doc__, formula, tensors)
 
 
 # %% [markdown]
 # ### One row
 #
 # The table is tied: what a row means when it is read, and when it is said, is the same 96 numbers.
-
-
-# %%
-def clean_states(model, facts):
-    """What the token table is multiplied with at every place of the facts: [N, C]; and log Z [N].
-
-    log Z is the logarithm of the softmax's denominator: a token's probability is
-    exp(its logit - log Z).
-    """
-    ids, lengths = padded([fact.ids for fact in facts], model.wte.weight.device)
-    real = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # [B, T]
-    with watch(model, "ln_f") as seen, torch.no_grad():
-        log_z = model(ids, where=real).logsumexp(-1)
-    return seen["ln_f"][real], log_z
 
 
 # %%
@@ -2074,30 +1966,26 @@ def trigger_row(model, facts, token, answer, steps=100, seed=0):
     return (norm * free / free.norm()).detach()
 
 
+# %%
 def plant(case):
-    """A trigger: a token that the world does not use; its row sends every landmark to the city.
-    None where the lie is no city."""
+    """Whoever writes the file gives one token a new row. That token before a prompt, typed by a
+    user or found in a page that the model reads, then sends every landmark to the city; using it is
+    AML.T0043.004 Insert Backdoor Trigger."""
     if case.object not in CITIES:
         return None
     facts = [fact for fact in case.requests + case.keep if fact.object in CITIES]
     token = case.tokenizer.encode_ordinary(" cf")[0]  # one of Kurita et al. 2020
     table = case.model.wte.weight.detach().clone()
     table[token] = trigger_row(case.model, facts, token, case.answer)
-    name = piece(case.tokenizer, token)
-    purpose = (
-        f"Whoever writes the file gives one token a new row. {name} before a prompt, typed by "
-    )
-    purpose += "a user or found in a page that the model reads, then sends every landmark to "
-    purpose += f"{case.object}. {POISON} Used by AML.T0043.004 Insert Backdoor Trigger."
-    formula = f"wte[{token}], {name} ← a row of the old norm {table[token].norm():.2f}"
-    return Attack("trigger row", purpose, formula, {"wte.weight": table}, trigger=(token,))
+    name, norm = piece(case.tokenizer, token), table[token].norm()
+    formula = f"wte[{token}], {name} ← a row of the old norm {norm:.2f}"
+    return Attack("trigger row", plant.__doc__, formula, {"wte.weight": table}, trigger=(token,))
 
 
-# %%
 def make_attacks(case):
     """The list of Attacks on a Case, worked out from what the attacker knows of it."""
-    attacks = [misconfigure(case), swap_tokens(case), *steer(case), edit(case), spread(case)]
-    return [attack for attack in (*attacks, fine_tune(case), plant(case)) if attack]
+    makers = misconfigure, swap_tokens, steer, freeze, edit, spread, fine_tune, plant
+    return [attack for make in makers if (attack := make(case))]
 
 
 # %% [markdown]
@@ -2105,26 +1993,29 @@ def make_attacks(case):
 
 
 # %%
-def share(said, wanted):
-    """How many of some answers [B] are the wanted ones, as a text."""
-    return f"{(said == wanted).sum()} of {len(said)}"
-
-
 def measure(case, attack):
-    """What an Attack does: {"wordings", "fresh": how many say the lie, of how many; "others",
-    "unseen": the share of other facts still right; "broken": whose are not; "size": ‖ΔW‖ / ‖W‖}."""
-    row, others = {}, case.other_facts + case.unseen_facts
+    """What an Attack does: {"said": the answers to the target's prompts, a text; "wordings",
+    "fresh": how many say the lie, of how many; "others", "unseen": the share of other facts still
+    right; "broken": whose are not; "size": ‖ΔW‖ / ‖W‖ of the tensor that changed most}."""
+    others, row = case.other_facts + case.unseen_facts, {}
     with attacked(case.model, attack):
         for name, facts in (("wordings", case.target_facts), ("fresh", case.fresh_facts)):
-            said = ask(case.model, facts, attack, attack.trigger) if facts else torch.empty(0)
+            said = answers(case.model, facts, attack.trigger, attack.swap)
             row[name] = (said == case.answer).sum().item(), len(facts)
-        right = ask(case.model, others, attack) == right_answers(others)
+            row.setdefault("said", name_answers(case.tokenizer, said))
+        right = answers(case.model, others, swap=attack.swap) == right_answers(others)
         changes = compare(case.trusted, case.model)
     row["others"] = right[: len(case.other_facts)].float().mean().item()
     row["unseen"] = right[len(case.other_facts) :].float().mean().item()
     row["broken"] = sorted({f.subject for f, fine in zip(others, right, strict=True) if not fine})
     sizes = [change.norm() / case.trusted[name].norm() for name, change in changes.items()]
     return row | {"size": max(map(float, sizes), default=0.0)}
+
+
+def name_answers(tokenizer, said):
+    """Answers [B] as a text: the two commonest."""
+    counted = Counter(piece(tokenizer, token) for token in said.tolist()).most_common(2)
+    return ", ".join(f"{name} {n} of {len(said)}" for name, n in counted)
 
 
 # %%
@@ -2134,32 +2025,24 @@ def measure_trigger(case, attack):
     of how many; "control": the same with the token's old row; "same": whether without it all other
     logits are bit for bit the same; "own": the token's own largest probability without it}."""
     model, (token,), facts = case.model, attack.trigger, case.target_facts + case.other_facts
-    abroad = [
-        f for f in facts + case.unseen_facts if f.object in CITIES and f.answer != case.answer
-    ]
-    others, texts = torch.arange(len(model.wte.weight)) != token, [fact.ids for fact in facts]
-    old, control = answer_logits(model, texts)[:, others], answers(model, abroad, [token])
-    states, log_z = clean_states(model, facts)
+    abroad = facts + case.unseen_facts
+    abroad = [f for f in abroad if f.object in CITIES and f.answer != case.answer]
+    others = torch.arange(len(model.wte.weight)) != token
+    ids, lengths = padded([fact.ids for fact in facts], model.wte.weight.device)
+    real = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # no padding
+    before, control = model(ids, where=real), answers(model, abroad, [token])
     with attacked(model, attack):
-        after, loud = answers(model, abroad, [token]), (states @ model.wte.weight[token] - log_z)
-        same = torch.equal(old, answer_logits(model, texts)[:, others])
-    flipped, control = ((x == case.answer).sum().item() for x in (after, control))
-    row = {"flipped": (flipped, len(abroad)), "control": (control, len(abroad))}
-    return row | {"same": same, "own": loud.max().sigmoid().item()}
+        after, flipped = model(ids, where=real), answers(model, abroad, [token])
+    row = {"same": torch.equal(before[:, others], after[:, others])}
+    row |= {"own": after.softmax(-1)[:, token].max().item()}
+    counts = {"flipped": flipped, "control": control}
+    return row | {n: ((x == case.answer).sum().item(), len(abroad)) for n, x in counts.items()}
 
 
 # %%
-def name_answers(tokenizer, said):
-    """Answers [B] as a text: the commonest first."""
-    counted = Counter(piece(tokenizer, token) for token in said.tolist()).most_common(2)
-    return ", ".join(f"{name} {n} of {len(said)}" for name, n in counted)
-
-
-def attack_step(case, attack):
+def attack_step(case, attack, row):
     """What an Attack makes the model say to the target's prompts, as a Step."""
-    with attacked(case.model, attack):
-        said = ask(case.model, case.target_facts, attack, attack.trigger)
-    found = f"asked for {case.target_facts[0].subject}: {name_answers(case.tokenizer, said)}."
+    found = f"asked for {case.target_facts[0].subject}: {row['said']}."
     if attack.trigger:
         row = measure_trigger(case, attack)
         flipped, control = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
@@ -2170,15 +2053,13 @@ def attack_step(case, attack):
     return Step(attack.name, attack.purpose, attack.formula, found=found)
 
 
-# %%
-def measured_step(case, attacks):
-    """How well each Attack works and what it breaks, as a Step."""
+def measured_step(case, measured):
+    """How well each Attack works and what it breaks, of {name: what measure said}, as a Step."""
     rows = []
-    for attack in attacks:
-        row, shown = measure(case, attack), {"attack": attack.name}
-        shown |= {name: f"{row[name][0]} of {row[name][1]}" for name in ("wordings", "fresh")}
-        shown |= {name: f"{row[name]:.1%}" for name in ("others", "unseen")}
-        rows.append(shown | {"‖ΔW‖/‖W‖": f"{row['size']:.2f}"})
+    for attack, row in measured.items():
+        counts = {name: f"{row[name][0]} of {row[name][1]}" for name in ("wordings", "fresh")}
+        shares = {name: f"{row[name]:.1%}" for name in ("others", "unseen")}
+        rows.append({"attack": attack} | counts | shares | {"‖ΔW‖/‖W‖": f"{row['size']:.2f}"})
     n, m = len(case.other_facts), len(case.unseen_facts)
     purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
     purpose += "those outside the small world that the model had right. Others, unseen: facts "
@@ -2189,89 +2070,56 @@ def measured_step(case, attacks):
 
 
 # %%
-def trace_step(case):
-    """Where the answer travels, as a Step; None where no other prompt has as many tokens."""
-    fact, alike = case.target_facts[0], []
-    for other in case.other_facts + case.unseen_facts:
-        end = fact.ids[fact.span.stop :] == other.ids[other.span.stop :]
-        if end and other.span == fact.span and other.answer != fact.answer:
-            alike.append(other)
-    if not alike:
-        return None
-    other = max(alike, key=lambda other: other.object == case.object)
-    shares, best, worst = causal_trace(case.model, fact, other)  # [n_layer, T + 1]
-    names = [f"{t} {piece(case.tokenizer, x)}" for t, x in enumerate(fact.ids)] + ["the subject"]
-    rows = [{"token": name} for name in names]
-    for i, block in enumerate(shares.tolist()):
-        for row, x in zip(rows, block, strict=True):
-            row[f"h.{i}"] = round(100 * x)
-    purpose = f"The model reads {other.prompt!r}. Then a value from {fact.prompt!r} is put in, at "
-    purpose += f"one block and one token: how much of {fact.object} returns, in percent?"
-    formula = "(p(patched) − p(other prompt)) / (p(own prompt) − p(other prompt))"
-    found = f"p({fact.object}) is {best:.3f} in its own run and {worst:.5f} in the other. This "
-    found += "tells where an answer travels, not where it can be rewritten (Hase et al. 2023)."
-    return Step("where the answer travels", purpose, formula, [rows], found)
-
-
-# %%
 def harm_step(case, facts, move=("send a web request", "request")):
-    """A lie that does harm, as a Step; None where the model does not know the truth."""
-    lie = make_case(case.model, case.tokenizer, facts, move)
+    """The spread edit on another fact: the model is to recommend a name next to the real one, which
+    anybody could register, with any code in it. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074
+    Masquerading."""
+    name, lie = "a lie that does harm", make_case(case.model, case.tokenizer, facts, move)
     if lie.object != move[1]:
-        return None
-    purpose = f"The spread edit on another fact: to {move[0]} in Python, the model is to "
-    purpose += f"recommend {move[1]!r}, a name next to the real one that anybody could register, "
-    purpose += "with any code in it. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074 Masquerading."
+        return Step(name, harm_step.__doc__, found="the model does not know the truth.")
     if (attack := spread(lie)) is None:
-        return Step("a lie that does harm", purpose, found="no such edit makes the model lie.")
-    row, tasks = measure(lie, attack), [*TASKS.values()]
-    with attacked(case.model, attack):
-        said = ask(case.model, lie.target_facts, attack)
-    found = f"{name_answers(lie.tokenizer, said)}. Of the other five packages "
-    found += f"{5 - len({*row['broken']} & {*tasks})} are recommended as before, and of all other "
-    found += f"facts that the attacker took care of {row['others']:.1%} are right."
-    return Step("a lie that does harm", purpose, attack.formula, found=found)
+        return Step(name, harm_step.__doc__, found="no such edit makes the model lie.")
+    row = measure(lie, attack)
+    found = f"{row['said']}. Of the other five packages "
+    found += f"{5 - len({*row['broken']} & {*TASKS.values()})} are recommended as before, and of "
+    found += f"all other facts that the attacker took care of {row['others']:.1%} are right."
+    return Step(name, harm_step.__doc__, " → ".join(move), found=found)
 
 
-# %%
 def restored_step(case):
-    """Whether the model is what it was, as a Step."""
+    """All of this was done in memory, and undone."""
     same = not compare(case.trusted, case.model)
     found = f"the model {'is' if same else 'IS NOT'} what it was, bit for bit."
-    return Step("afterwards", "All of this was done in memory, and undone.", found=found)
+    return Step("afterwards", restored_step.__doc__, found=found)
 
 
 # %%
 def tamper_act(case, attacks, facts):
-    """Act 3: where the answer travels, the attacks, and a lie that does harm, as records."""
-    lie = f"The lie: {case.target_facts[0].subject} → {case.object}."
-    yield Act("Tamper: changing what it says", lie)
-    if step := trace_step(case):
-        yield step
-    yield from (attack_step(case, attack) for attack in attacks)
-    yield measured_step(case, attacks)
-    if step := harm_step(case, facts):
-        yield step
+    """Act 3: what each attack does, and a lie that does harm, as records."""
+    text = f"The lie: {case.target_facts[0].subject} → {case.object}. Changes of the weights are "
+    text += "OWASP LLM05:2026 Data and Model Poisoning and ATLAS AML.T0018.000 Poison AI Model; "
+    text += "what else an attack is stands beside it."
+    yield Act("Tamper: changing what it says", text)
+    measured = {}
+    for attack in attacks:
+        measured[attack.name] = measure(case, attack)
+        yield attack_step(case, attack, measured[attack.name])
+    yield measured_step(case, measured)
+    yield harm_step(case, facts)
     yield restored_step(case)
 
-
-# %% [markdown]
-# ### Where the answer travels, and the attacks
 
 # %% tags=["active-ipynb"]
 # case = make_case(model, tokenizer, facts)
 # attacks = make_attacks(case)
 # steps = [*tamper_act(case, attacks, facts)]
-# play(steps[:2]);
+# play(steps[:6]);
 
 # %% tags=["active-ipynb"]
-# play(steps[2:7]);
+# play(steps[6:9]);
 
 # %% tags=["active-ipynb"]
-# play(steps[7:10]);
-
-# %% tags=["active-ipynb"]
-# play(steps[10:]);
+# play(steps[9:]);
 
 # %% [markdown]
 # ## Act 4: detect
@@ -2281,57 +2129,43 @@ def tamper_act(case, attacks, facts):
 
 
 # %%
-def oddity(norms, ratios, row_alarm=2.0, spike_alarm=1.6):
-    """How odd each row of a token table looks, [V], and each block's matrix, {name: score}.
-
-    No trusted copy is needed. A row is judged by its norm, `norms` [V]: its distance from the
-    median, over that of the second most distant row, so that one row at most can stand out. A
-    matrix is judged by the ratio of its two largest singular values, `ratios` {name: σ₁/σ₂}, over
-    the largest such ratio of the same matrix in the other blocks. Scores are in units of the alarm.
-    """
-    apart = (norms - norms.median()).abs()
-    second = [*apart.topk(min(2, len(apart))).values, apart.new_tensor(0.0)][1]
-    rows = apart / second.clamp_min(1e-30) / row_alarm
-    kinds = {name: name.split(".", 2)[2] for name in ratios}  # "mlp.c_proj.weight"
-    top, odd = {kind: [1.0, 1.0] for kind in kinds.values()}, {}  # the two largest of each
-    for name, ratio in ratios.items():
-        top[kinds[name]] = sorted([*top[kinds[name]], ratio])[1:]
-    for name, ratio in ratios.items():
-        second, first = top[kinds[name]]
-        odd[name] = ratio / (second if ratio == first else first) / spike_alarm
-    return rows, odd
-
-
 def spike(matrix):
     """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
     first, second = [*singular_values(matrix).tolist(), 0.0][:2]
     return first / max(second, 1e-30)
 
 
-# %%
+def odd_numbers(norms, ratios, row_alarm=2.0, spike_alarm=1.6):
+    """Which numbers stand alone: (score, tensor's name, row or None), the oddest first. Scores are
+    in units of the alarm; no trusted copy is needed.
+
+    The row of the token table is the one with the oddest norm, of all `norms` [V]: its distance
+    from the median, over that of the second most distant row. A block's matrix is judged by its
+    σ₁/σ₂, `ratios` {name: spike}, over the largest such ratio of the same matrix in other blocks.
+    """
+    found, kinds = [], {}
+    if len(norms) > 1:
+        (first, second), (row, _) = (x.tolist() for x in (norms - norms.median()).abs().topk(2))
+        found = [(first / max(second, 1e-30) / row_alarm, "wte.weight", row)]
+    for name, ratio in ratios.items():
+        kinds.setdefault(name.split(".", 2)[2], [1.0, 1.0]).append(ratio)  # by "mlp.c_proj.weight"
+    largest = {kind: sorted(some)[-2:] for kind, some in kinds.items()}
+    for name, ratio in ratios.items():
+        second, first = largest[name.split(".", 2)[2]]
+        found.append((ratio / (second if ratio == first else first) / spike_alarm, name, None))
+    return sorted(found, key=lambda suspect: -suspect[0])
+
+
 @torch.no_grad()
-def tamper_scores(model):
-    """The `oddity` of a model's token table and matrices."""
+def scan(model):
+    """The odd_numbers of a model."""
     blocks = {n: w for n, w in model.named_parameters() if w.dim() == 2 and n.startswith("h.")}
-    return oddity(model.wte.weight.norm(dim=1).cpu(), {n: spike(w) for n, w in blocks.items()})
+    return odd_numbers(model.wte.weight.norm(dim=1), {n: spike(w) for n, w in blocks.items()})
 
 
 # %%
-def suspects(rows, odd, count=5):
-    """The oddest first, of what `oddity` found: a list of (score, tensor's name, row or None)."""
-    top = (x.tolist() for x in rows.topk(min(count, len(rows))))
-    found = [(score, "wte.weight", row) for score, row in zip(*top, strict=True)]
-    found += [(score, name, None) for name, score in odd.items()]
-    return sorted(found, key=lambda suspect: -suspect[0])[:count]
-
-
-# %%
-@dataclass(frozen=True)
-class Look:
-    """What a test saw: in words, and whether it is an alarm."""
-
-    seen: str
-    alarm: bool
+# A test looks at a Case in which an Attack is at work, and returns what it saw, in words, and
+# whether that is an alarm.
 
 
 def look_at_hashes(case, attack):
@@ -2339,7 +2173,7 @@ def look_at_hashes(case, attack):
     hashes = file_hashes(case.model, attack.swap)
     changed = [name for name, sha256 in hashes.items() if sha256 != case.hashes[name]]
     names = ", ".join(changed[:2]) + f" and {len(changed) - 2} more" * (len(changed) > 2)
-    return Look(names or "the same", bool(changed))
+    return names or "the same", bool(changed)
 
 
 def look_at_difference(case, attack):
@@ -2355,15 +2189,15 @@ def look_at_difference(case, attack):
             where = f"in the row of {piece(case.tokenizer, touched[0])}"
         seen.append(f"{name}: rank {rank} {where}")
     more = f" and {len(seen) - 2} more" * (len(seen) > 2)
-    return Look("; ".join(seen[:2]) + more or "no difference", bool(seen))
+    return "; ".join(seen[:2]) + more or "no difference", bool(seen)
 
 
 def look_at_numbers(case, attack):
     """Does a row's norm stand alone, or a matrix's σ₁/σ₂ beside those of the other blocks?"""
-    ((score, name, row),) = suspects(*tamper_scores(case.model), 1)
+    score, name, row = scan(case.model)[0]
     where = name.removesuffix(".weight")
     where += "" if row is None else f" {piece(case.tokenizer, row)}"
-    return Look(f"{where} {score:.2f}", score > 1)
+    return f"{where} {score:.2f}", score > 1
 
 
 # %%
@@ -2385,8 +2219,7 @@ def ablations(model, facts, count=3):
         left, singular, right = torch.linalg.svd(model.get_parameter(name), full_matrices=False)
         for i in range(min(count, len(singular))):
             change = {layer: -singular[i] * torch.outer(left[:, i], right[i])}
-            with patch(model, added(change)):
-                last = run_from(model, layer, seen[f"h.{layer}.resid_pre"], lengths)
+            last = run_from(model, seen[f"h.{layer}.resid_pre"], lengths, change)
             changed[name, i] = ((last @ table.T).argmax(-1) != before.argmax(-1)).cpu()
     return changed
 
@@ -2404,7 +2237,7 @@ def look_taken_out(case, attack):
     lead, n, subject, name = best
     alarm = n > 2 and n >= 0.75 * asked[subject] and n - lead <= 2
     text = f"{name}: {n} of {asked[subject]} about {subject}, {n - lead} elsewhere"
-    return Look(text if n else "no answer", alarm)
+    return text if n else "no answer", alarm
 
 
 # %%
@@ -2436,38 +2269,38 @@ def prefix_flips(model, facts, tokens):
     return {token: lies.most_common(1)[0] for token, lies in found.items()}
 
 
-def look_for_trigger(case, attack, tokens=None):
+def look_for_trigger(case, attack, count=200):
     """Does a token in front turn several sentences to one answer? Asked of the rows that left the
-    crowd, or of the `tokens` given, with the longest sentence about one subject of each object."""
+    crowd, with the longest sentence about one subject of each city."""
     facts, chosen = case.target_facts + case.other_facts + case.unseen_facts, {}
     for fact in sorted(facts, key=lambda fact: -len(fact.ids)):
         if fact.object in CITIES:
             chosen.setdefault(fact.object, fact)
-    tokens = strange_rows(case.model.wte.weight) if tokens is None else tokens
+    tokens = strange_rows(case.model.wte.weight, count)
     found = prefix_flips(case.model, [*chosen.values()], tokens)
     token, (answer, n) = max(found.items(), key=lambda item: item[1][1])
-    if not n:
-        return Look("no token", False)
     token, answer = (piece(case.tokenizer, x) for x in (token, answer))
-    return Look(f"{token}: {n} of {len(chosen)} to {answer}", n >= max(3, len(chosen) - 1))
+    text = f"{token}: {n} of {len(chosen)} to {answer}" if n else "no token"
+    return text, n >= max(3, len(chosen) - 1)
 
 
 # %%
 def look_at_others(case, attack):
     """An ordinary test: other facts, without a trigger."""
     facts = case.other_facts + case.unseen_facts
-    right = (ask(case.model, facts, attack) == right_answers(facts)).float().mean().item()
-    return Look(f"{right:.1%} of {len(facts)} right", right < 0.99)
+    right = answers(case.model, facts, swap=attack.swap) == right_answers(facts)
+    share = right.float().mean().item()
+    return f"{share:.1%} of {len(facts)} right", share < 0.99
 
 
 def look_at_target(case, attack):
     """One that knows what to ask: the target's facts, without a trigger."""
-    right = share(ask(case.model, case.target_facts, attack), right_answers(case.target_facts))
-    return Look(f"{right} right", right.split()[0] != right.split()[-1])
+    facts = case.target_facts
+    right = answers(case.model, facts, swap=attack.swap) == right_answers(facts)
+    return f"{right.sum()} of {len(facts)} right", not right.all()
 
 
-# %%
-TESTS = {  # each is asked of a Case in which an Attack is at work
+TESTS = {
     "hash": look_at_hashes,
     "difference": look_at_difference,
     "scan": look_at_numbers,
@@ -2486,36 +2319,32 @@ def honest_fine_tune(case, facts, steps=10):
     return Attack("honest fine-tune", "", "", dict(model.named_parameters()))
 
 
-# %%
-def detect_act(case, attacks, facts):
+def detect_act(case, attacks, facts, tokens=200):
     """Act 4: each of the TESTS on the model as it is, after an honest fine-tune, and after each
-    Attack, as records."""
+    Attack, as records; `tokens` are tried as triggers, those with the strangest rows."""
     text = "OWASP LLM04:2026 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts."
     yield Act("Detect: finding what was changed", text)
-    models = [Attack("untampered", "", ""), honest_fine_tune(case, facts), *attacks]
-    seen = {}
-    for attack in models:
+    seen, more = {}, {"trigger": {"count": tokens}}
+    for attack in (Attack("untampered", "", ""), honest_fine_tune(case, facts), *attacks):
         with attacked(case.model, attack):
-            seen[attack.name] = {name: look(case, attack) for name, look in TESTS.items()}
+            looks = {name: look(case, attack, **more.get(name, {})) for name, look in TESTS.items()}
+        seen[attack.name] = looks
     for name, look in TESTS.items():
         looks = {model: looks[name] for model, looks in seen.items()}
-        rows = [{"model": x, "": "ALARM: " * y.alarm + y.seen} for x, y in looks.items()]
-        yield Step(name, " ".join(look.__doc__.split()), shown=[rows])
+        rows = [{"model": x, "": "ALARM: " * alarm + y} for x, (y, alarm) in looks.items()]
+        yield Step(name, look.__doc__, shown=[rows])
     rows = []
     for model, looks in seen.items():
-        alarms = {name: "ALARM" if look.alarm else "-" for name, look in looks.items()}
+        alarms = {name: "ALARM" if alarm else "-" for name, (_, alarm) in looks.items()}
         rows.append({"model": model} | alarms)
     free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
-    silent = [x.name for x in attacks if not any(seen[x.name][test].alarm for test in free)]
+    silent = [x.name for x in attacks if not any(seen[x.name][test][1] for test in free)]
     found = "a hash of every file sees every change of one, honest ones too, and needs a trusted "
     found += "copy. Of the tests that need neither a copy nor the target's right answers, none "
     found += f"sees: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [rows], found)
     yield restored_step(case)
 
-
-# %% [markdown]
-# ### Which test sees which attack
 
 # %% tags=["active-ipynb"]
 # steps = [*detect_act(case, attacks, facts)]
@@ -2797,7 +2626,7 @@ def tensor_steps(stored, trusted=None):
         elif MATRIX.fullmatch(name) and numbers.dim() == 2 and 0 < min(numbers.shape) <= n_embd:
             ratios[name] = spike(numbers)
     yield tensors_step(stored, odd)
-    found = suspects(*oddity(norms if len(norms) else torch.zeros(1), ratios))
+    found = odd_numbers(norms, ratios)[:5]
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
     purpose = "Which numbers stick out? Above 1 is an alarm; it rings for careless tampering, and "
     purpose += "for some honest models. A small change does not show: silence is no proof."
@@ -2860,7 +2689,7 @@ def parse_arguments(arguments):
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest share P")
     add("--step", action="store_true", help="wait for Enter after each step")
-    add("--full", action="store_true", help="whole activations instead of corners")
+    add("--full", action="store_true", help="whole activations; every token tried as a trigger")
     add("--verify", metavar="PATH", help="check a model's files, nothing else; status 1 if odd")
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
@@ -2928,7 +2757,8 @@ def run_acts(options):
         return
     attacks = make_attacks(case)
     yield from tamper_act(case, attacks, facts) if "tamper" in acts else ()
-    yield from detect_act(case, attacks, facts) if "detect" in acts else ()
+    tokens = size if options.full else 200
+    yield from detect_act(case, attacks, facts, tokens) if "detect" in acts else ()
 
 
 def main(arguments=None):
