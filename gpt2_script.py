@@ -441,42 +441,26 @@ COMPUTED = {  # what other fields have to say, if they are there, for this code 
 
 
 # %%
-@contextmanager
-def reading(path):
-    """A context in which the system's errors become an InputError about this file; a pipe or a
-    device, which may never end, is one."""
-    try:
-        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-            raise InputError(f"{path} is no plain file")
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-# %%
 def file_hash(path):
-    """The SHA-256 of a file, in hexadecimal. Raises InputError where it cannot be read."""
+    """The SHA-256 of a file, in hexadecimal. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()
-    with reading(path), open(path, "rb") as file:
+    with open(path, "rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
 
 
-# %%
 def read_json(path):
     """A JSON object from a file, in any encoding that JSON allows, as a dict.
 
-    Raises InputError for a file that is there and unreadable: around such nothing is guessed.
+    Raises InputError for what is there and is none: around such nothing is guessed.
     """
-    with reading(path):
-        raw = path.read_bytes()
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is there, but it is not JSON") from error
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is there, but it is not a JSON object")
+        raise InputError(f"{path} is there, but it cannot be read as a JSON object")
     return content
 
 
@@ -518,23 +502,22 @@ def find_weights(name_or_path):
         return [fetch(str(path))], str(path)
     if re.search(r"[\ud800-\udfff]", str(path)):  # safetensors would not find it
         raise InputError(f"{path} has a name that is not UTF-8: rename it")
+    files = [path / "model.safetensors"] if path.is_dir() else [path]
     index = path / "model.safetensors.index.json"
-    with reading(path):
-        files = [path / "model.safetensors"] if path.is_dir() else [path]
-        if index.is_file() and not files[0].is_file():
-            shards = read_json(index).get("weight_map")
-            names = [*shards.values()] if isinstance(shards, dict) else []
-            plain = (isinstance(x, str) and Path(x).name == x not in ("", "..") for x in names)
-            if not names or not all(plain):
-                raise InputError(f"{index} does not name the files of its own folder")
-            files = [path / name for name in sorted({*names})]
-        for file in files:
-            if file.suffix.lower() in PICKLES:
-                raise InputError(f"{file} is a pickle, and unpickling runs code: use safetensors")
-            if not file.is_file():
-                what = f"is a folder without {file.name}" if path.is_dir() else "does not exist"
-                names = f"a .safetensors file, a model's folder or one of {', '.join(RELEASED)}"
-                raise InputError(f"{name_or_path} {what}: give {names}")
+    if index.is_file() and not files[0].is_file():
+        shards = read_json(index).get("weight_map")
+        names = [*shards.values()] if isinstance(shards, dict) else []
+        plain = (isinstance(x, str) and Path(x).name == x not in ("", "..") for x in names)
+        if not names or not all(plain):
+            raise InputError(f"{index} does not name the files of its own folder")
+        files = [path / name for name in sorted({*names})]
+    for file in files:
+        if file.suffix.lower() in PICKLES:
+            raise InputError(f"{file} is a pickle, and unpickling runs code: use safetensors")
+        if not file.is_file():
+            what = f"is a folder without {file.name}" if path.is_dir() else "is no file"
+            names = f"a .safetensors file, a model's folder or one of {', '.join(RELEASED)}"
+            raise InputError(f"{name_or_path} {what}: give {names}")
     return files, None
 
 
@@ -568,7 +551,7 @@ def read_headers(files):
     """
     stored, times = {}, Counter()
     for path in files:
-        with reading(path), open(path, "rb") as file:
+        with open(path, "rb") as file:
             start = file.read(9)  # the header's length, then the header, which is JSON
             try:
                 safe_open(path, "pt")  # the library refuses whatever is not sound
@@ -2370,10 +2353,13 @@ def detect_act(case, attacks, facts, tokens=200):
 # %%
 CODE = (*PICKLES, ".pickle", ".joblib", ".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe")
 STARTS = (b"\x80", b"PK", b"#!", b"\x7fE", b"MZ")  # of pickles, zips, scripts and programs
-STEERS = (  # fields of a config that push tokens up or down, whatever the weights say
-    "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids", "suppress_tokens",
-    "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
-)  # fmt: skip
+ODD_FIELDS = {  # of any JSON file, which GPT-2's lack: what they do
+    "auto_map|custom_pipelines": "names code to be run",
+    "chat_template": "puts words around what a user says",
+    "bad_words_ids|begin_suppress_tokens|constraints|force_words_ids|suppress_tokens"
+    "|forced_bos_token_id|forced_decoder_ids|forced_eos_token_id|sequence_bias":
+        "steers what is said, whatever the weights say",
+}  # fmt: skip
 
 
 def escaped(text):
@@ -2392,6 +2378,9 @@ def files_of(name_or_path):
         paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
     folder = weights[0].parent
     paths = [path for path in paths if os.path.lexists(path)]
+    for path in paths:
+        if not path.is_file():  # a pipe never ends
+            raise InputError(f"{path} is no file that can be read")
     names = [escaped(str(path.relative_to(folder)).replace("\\", "\\\\")) for path in paths]
     return weights, dict(zip(names, paths, strict=True)), is_folder
 
@@ -2430,38 +2419,35 @@ def files_step(model, trusted):
 # %%
 def config_faults(files, stored):
     """What the JSON files of a model say that GPT-2's do not: sentences."""
-    unread = set()
     for name, path in files.items():
+        if name.endswith(".jinja"):
+            yield f"{name} puts words around what a user says"
         try:
-            said = read_json(path) if name.endswith(".json") else {}
+            said = json.dumps(read_json(path)) if name.endswith(".json") else ""  # nested, too
         except InputError as error:
             yield escaped(error)
-            unread.add(name)
             continue
-        if "auto_map" in said:
-            yield f"{name} has an auto_map: it names code to be run"
-        if said.get("chat_template") or Path(name).name.startswith("chat_template"):
-            yield f"{name} has a chat template, which GPT-2 does not have"
-        text = json.dumps(said)  # so that what is nested is seen as well
-        steers = [field for field in STEERS if re.search(rf'"{field}": (?!null|\[\]|{{}})', text)]
-        yield from (f"{name} sets {field}, which steers what is said" for field in steers)
+        for fields, what in ODD_FIELDS.items():
+            odd = re.findall(rf'"({fields})": (?!null|""|\[\]|{{}})', said)
+            yield from (f"{name} sets {field}, which {what}" for field in dict.fromkeys(odd))
     try:
         sizes = sizes_of(stored)
     except ValueError:  # told with the tensors
         return
-    if "config.json" in files and "config.json" not in unread:
-        try:
-            told = read_config(sizes, files["config.json"], "lm_head.weight" in stored)
-            config = replace(sizes, **told)
-        except ValueError as error:
-            yield shorten(escaped(error), 300)
-            return
-        if config.layer_norm_epsilon != GPT2Config.layer_norm_epsilon:
-            yield f"config.json says layer_norm_epsilon {config.layer_norm_epsilon}, not GPT-2's"
-        for name, ours in PRESETS.items():
-            same = (ours.n_layer, ours.n_embd) == (config.n_layer, config.n_embd)
-            if same and told.get("n_head", ours.n_head) != ours.n_head:
-                yield f"config.json says n_head {config.n_head}; {name}'s is {ours.n_head}"
+    if "config.json" not in files:
+        return
+    try:
+        told = read_config(sizes, files["config.json"], "lm_head.weight" in stored)
+        config = replace(sizes, **told)
+    except ValueError as error:
+        yield shorten(escaped(error), 300)
+        return
+    if config.layer_norm_epsilon != GPT2Config.layer_norm_epsilon:
+        yield f"config.json says layer_norm_epsilon {config.layer_norm_epsilon}, not GPT-2's"
+    for name, ours in PRESETS.items():
+        same = (ours.n_layer, ours.n_embd) == (config.n_layer, config.n_embd)
+        if same and told.get("n_head", ours.n_head) != ours.n_head:
+            yield f"config.json says n_head {config.n_head}; {name}'s is {ours.n_head}"
 
 
 # %%
@@ -2524,18 +2510,17 @@ def added_faults(files):
 
 # %%
 def config_step(files, stored):
-    """What of config and tokenizer is not GPT-2's, as a Step."""
-    odd, names = [], [name for name in files if name.endswith((".json", ".txt"))]
+    """Compared with GPT-2's own; the number of heads, where the sizes are a preset's."""
+    odd, names = {}, [name for name in files if name.endswith((".json", ".txt"))]
     for faults in (config_faults(files, stored), tokenizer_faults(files), added_faults(files)):
         try:
-            odd += faults
-        except InputError as error:
-            odd.append(escaped(error))
+            odd |= dict.fromkeys(faults)  # each once
+        except (InputError, OSError) as error:
+            odd[escaped(error)] = None
         except (AttributeError, KeyError, TypeError) as error:
-            odd.append(f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})")
+            odd[f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})"] = None
     found = f"looked at: {', '.join(names) or 'nothing, there is none'}."
-    purpose = "Compared with GPT-2's own; the number of heads, where the sizes are a preset's."
-    return Step("config and tokenizer", purpose, "", [], found, odd)
+    return Step("config and tokenizer", config_step.__doc__, "", [], found, [*odd])
 
 
 # %%
@@ -2561,22 +2546,16 @@ def difference(part, other):
     """
     if part is None or other is None:
         return "only in the trusted copy" if part is None else "the trusted copy lacks it"
-    if part.shape != other.shape:
-        return f"{part.shape}, trusted {other.shape}"
     if same_bytes(part, other):
         return ""
-    types = f"{part.dtype}, trusted {other.dtype}"
-    if not {part.dtype, other.dtype} <= {*TYPES}:
-        return f"other bytes, {types}"
+    types = f"{part.dtype} {part.shape}, trusted {other.dtype} {other.shape}"
+    if part.shape != other.shape or not {part.dtype, other.dtype} <= {*FLOATS}:
+        return f"other bytes: {types}"
     new, old = part.numbers(), other.numbers()
     fine = torch.promote_types(new.dtype, old.dtype)
-    if same_bits(new.to(fine), old.to(fine)):
-        return f"the same numbers as {types}"
-    if not {part.dtype, other.dtype} <= {*FLOATS}:
-        return f"other bytes, {types}"
     coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if same_bits(new.to(coarse), old.to(coarse)):
-        return f"the same numbers, but for rounding, as {types}"
+        return f"the same numbers, up to rounding: {types}"
     new, old = (torch.atleast_2d(x.to(fine)).flatten(0, -2) for x in (new, old))
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fine.itemsize]  # -0 is not 0
     apart, norm = new.view(whole) != old.view(whole), old.float().nan_to_num().norm().item()
