@@ -1,10 +1,13 @@
 """What the tests share: a small model in which every weight matters, and texts for it."""
 
+import ast
 import functools
 import itertools
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import mirror
+import nbformat
 import pytest
 import torch
 import transformers
@@ -82,6 +85,14 @@ def hooks(model):
     held = [x for name, x in places if name.endswith("_hooks")]
     held += [x for name, x in vars(torch_module).items() if name.startswith("_global_") and x]
     return sum(map(len, held))
+
+
+def from_notebook(name):
+    """A definition of the reading notebook that the script lacks, among the script's names."""
+    cells = [cell.source for cell in nbformat.read(mirror.NOTEBOOK, 4).cells]
+    [node] = [mirror.definitions(x)[name][0] for x in cells if f"def {name}(" in x]
+    exec(ast.unparse(node), scope := dict(vars(gpt)))
+    return scope[name]
 
 
 @pytest.fixture

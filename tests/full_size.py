@@ -58,9 +58,8 @@ def run(name, model, tokenizer, facts):
     for attack in (gpt.Attack("untampered", "", ""), *attacks):
         with gpt.attacked(model, attack):
             for test, look in gpt.TESTS.items():
-                seen = look(case, attack)
-                alarm = "ALARM: " * seen.alarm
-                rows[f"{attack.name} · {test}"] = f"{alarm}{seen.seen}"
+                seen, alarm = look(case, attack)
+                rows[f"{attack.name} · {test}"] = "ALARM: " * alarm + seen
         print(f"{name:5} {attack.name:16} tested  {time.time() - began:.0f} s", flush=True)
     rows["seconds to tamper and detect"] = f"{time.time() - began:.0f}"
     return rows

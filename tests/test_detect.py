@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gpt2_script as gpt
-from gpt2_script import GPT2Config, Look, attacked, compare, fingerprint, suspects
+from gpt2_script import GPT2Config, attacked, compare, fingerprint
 
 TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
 BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
@@ -35,10 +35,10 @@ def test_any_flipped_bit_is_found(where, bit):
     look = gpt.look_at_hashes(case, UNTAMPERED)
     number ^= torch.tensor([1 << bit], dtype=torch.int64).to(torch.int32)
     assert [n for n in before if after[n] != before[n]] == found == [name]
-    assert look == Look(name, True)
+    assert look == (name, True)
     assert fingerprint(TINY) == before and list(before) == list(BITS)
     assert compare(trusted, TINY) == {}
-    assert gpt.look_at_hashes(case, UNTAMPERED) == Look("the same", False)
+    assert gpt.look_at_hashes(case, UNTAMPERED) == ("the same", False)
 
 
 def test_same_bits_means_type_shape_and_bytes():
@@ -72,35 +72,33 @@ def test_hash_names_the_file_and_difference_the_kind(case, attacks, seed):
     for name, attack in made.items():
         with attacked(found.model, attack):
             looks = [f(found, attack) for f in (gpt.look_at_hashes, gpt.look_at_difference)]
-        assert tuple(look.seen for look in looks) == expected[name]
-        silent = "the same", "no difference"
-        assert [look.alarm for look in looks] == [look.seen not in silent for look in looks]
+        assert tuple(seen for seen, _ in looks) == expected[name]
+        assert all(alarm == (seen not in ("the same", "no difference")) for seen, alarm in looks)
 
 
-def test_scores_follow_their_definition(trained):
-    rows, odd = gpt.tamper_scores(model := trained(4))
-    norms = model.wte.weight.detach().norm(dim=1).double()
-    apart = (norms - norms.sort().values[(len(norms) - 1) // 2]).abs()
-    expected = apart / apart.sort().values[-2] / 2
-    assert torch.allclose(rows.double(), expected, rtol=1e-3, atol=1e-5) and len(odd) == 12
+def test_scan_follows_its_definition(trained):
+    found, norms = gpt.scan(model := trained(4)), model.wte.weight.detach().norm(dim=1).double()
+    apart = (norms - norms.sort().values[(len(norms) - 1) // 2]).abs().sort()
+    scores = {name: score for score, name, _ in found}
+    assert [row for *_, row in found if row is not None] == [apart.indices[-1]]
+    assert scores["wte.weight"] == pytest.approx(apart.values[-1] / apart.values[-2] / 2, rel=1e-3)
     sigmas = [torch.linalg.svdvals(block.mlp.c_fc.weight.detach()) for block in model.h]
     ratios = [(s[0] / s[1]).item() for s in sigmas]
     for i in range(3):
         score = ratios[i] / max(ratios[:i] + ratios[i + 1 :]) / 1.6
-        assert odd[f"h.{i}.mlp.c_fc.weight"] == pytest.approx(score, rel=1e-4)
-    found = suspects(rows, odd, 8)
-    scores = sorted([*odd.values(), *rows.topk(8).values.tolist()], reverse=True)[:8]
-    assert [score for score, _, _ in found] == scores
-    for score, name, row in found:
-        assert score == (odd[name] if row is None else rows[row].item())
+        assert scores[f"h.{i}.mlp.c_fc.weight"] == pytest.approx(score, rel=1e-4)
+    assert [*scores.values()] == sorted(scores.values(), reverse=True) and len(scores) == 13
 
 
 def test_a_row_is_judged_by_the_gap_and_a_matrix_beside_its_sisters():
     ratios = {"h.0.attn.c_proj.weight": 4.0, "h.1.attn.c_proj.weight": 2.0}
     ratios |= {"h.10.attn.c_proj.weight": 1.0, "h.0.mlp.c_proj.weight": 50.0}
-    rows, odd = gpt.oddity(torch.tensor([1.0, 2, 3, 4, 9]), ratios, row_alarm=2, spike_alarm=4)
-    assert list(odd.values()) == [4 / 2 / 4, 2 / 4 / 4, 1 / 4 / 4, 50 / 4]
-    assert rows.tolist() == [0.5, 0.25, 0, 0.25, 1.5]  # 6 from the median, the second 2
+    norms = torch.tensor([1.0, 2, 3, 4, 9])  # 6 from the median, the second 2
+    found = gpt.odd_numbers(norms, ratios, row_alarm=2, spike_alarm=4)
+    scores = [50 / 4, 6 / 2 / 2, 4 / 2 / 4, 2 / 4 / 4, 1 / 4 / 4]
+    names = ["h.0.mlp.c_proj.weight", "wte.weight", *[*ratios][:3]]
+    assert found == [*zip(scores, names, [None, 4, None, None, None], strict=True)]
+    assert gpt.odd_numbers(norms[:1], {}) == [] == gpt.odd_numbers(norms[:0], {})
     assert gpt.spike(torch.diag(torch.tensor([6.0, 1, 4]))) == pytest.approx(1.5)
 
 
@@ -115,12 +113,12 @@ def test_scan_rings_for_what_is_loud_alone(case, attacks, seed):
     quiet = [UNTAMPERED, made["trigger row"], made["fine-tune"], made["steering"]]
     for place, attack in [*loud.items(), *(("", attack) for attack in quiet)]:
         with attacked(found.model, attack):
-            look = gpt.look_at_numbers(found, attack)
-        assert look.alarm == bool(place) == (float(look.seen.split()[-1]) > 1), look
-        assert look.seen.startswith(place)
+            seen, alarm = gpt.look_at_numbers(found, attack)
+        assert alarm == bool(place) == (float(seen.split()[-1]) > 1), seen
+        assert seen.startswith(place)
     torch.manual_seed(seed)
     for sizes in ((50257, 128, 96, 3, 4), (3000, 9, 24, 2, 1)):  # nor for what was only drawn
-        assert suspects(*gpt.tamper_scores(gpt.GPT2(GPT2Config(*sizes))))[0][0] < 1
+        assert gpt.scan(gpt.GPT2(GPT2Config(*sizes)))[0][0] < 1
 
 
 @torch.no_grad()
@@ -148,12 +146,12 @@ def test_taken_out_rings_on_an_edit_and_undoes_it(case, attacks, seed):
     """On all four edits, and on no model as it was."""
     found, attack = case(seed), attacks(seed)["rank-one edit"]
     [(name, new)], target = attack.tensors.items(), found.target_facts
-    assert not gpt.look_taken_out(found, UNTAMPERED).alarm
+    assert not gpt.look_taken_out(found, UNTAMPERED)[1]
     with attacked(found.model, attack):
-        look = gpt.look_taken_out(found, attack)
-    place, rest = look.seen.split(": ")
+        seen, alarm = gpt.look_taken_out(found, attack)
+    place, rest = seen.split(": ")
     n, subject, others = rest.split(" ", 1)[0], target[0].subject, rest.rsplit(", ")[1]
-    assert look.alarm and place == name.removesuffix(".weight")
+    assert alarm and place == name.removesuffix(".weight")
     assert f" of 4 about {subject}, " in rest and int(n) >= 3 and int(others.split()[0]) <= 2
     left, singular, right = torch.linalg.svd(new, full_matrices=False)
     less = new - singular[0] * torch.outer(left[:, 0], right[0])
@@ -171,9 +169,8 @@ def test_taken_out_is_an_alarm_where_one_subject_changes_and_few_others(monkeypa
     found = {("x", 0): torch.zeros(12).bool(), ("y", 0): changed}
     monkeypatch.setattr(gpt, "ablations", lambda *args: found)
     others = sum(map(int, by[1:]))
-    assert gpt.look_taken_out(case, None) == Look(
-        f"y: {by[0]} of 4 about a, {others} elsewhere", alarm
-    )
+    seen = f"y: {by[0]} of 4 about a, {others} elsewhere"
+    assert gpt.look_taken_out(case, None) == (seen, alarm)
 
 
 @every_move
@@ -215,12 +212,13 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, attacks):
 @pytest.mark.parametrize("seed", [2, 4])
 def test_look_for_trigger_names_token_and_city(case, attacks, seed):
     found, attack = case(seed), attacks(seed)["trigger row"]
-    assert not gpt.look_for_trigger(found, UNTAMPERED, torch.tensor(attack.trigger)).alarm
+    assert not gpt.look_for_trigger(found, UNTAMPERED)[1]
     with attacked(found.model, attack):
-        look = gpt.look_for_trigger(found, attack)
-        calm = gpt.look_for_trigger(found, attack, torch.tensor([1000]))
-    assert look.seen.startswith("' cf': ") and look.seen.endswith(f"of 5 to ' {found.object}'")
-    assert look.alarm and not calm.alarm
+        seen, alarm = gpt.look_for_trigger(found, attack)
+        # the control: fewer rows than it takes to come to the planted one
+        position = gpt.strange_rows(found.model.wte.weight).tolist().index(attack.trigger[0])
+        assert not gpt.look_for_trigger(found, attack, count=position)[1]
+    assert seen.startswith("' cf': ") and seen.endswith(f"of 5 to ' {found.object}'") and alarm
 
 
 @pytest.mark.parametrize("seed", [1, 3])
@@ -230,7 +228,7 @@ def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, facts, seed):
     with attacked(found.model, control):
         assert gpt.accuracy(found.model, facts) == 1
         assert changed(found.model, found.trusted) == [*found.trusted]
-        rang = [name for name, look in gpt.TESTS.items() if look(found, control).alarm]
+        rang = [name for name, look in gpt.TESTS.items() if look(found, control)[1]]
     assert rang == ["hash", "difference"]
 
 
@@ -239,37 +237,40 @@ def test_act_tells_what_each_test_sees_of_each_model(case, attacks, facts, monke
     found, made, looks, tests = case(3), attacks(3), {}, gpt.TESTS
 
     def noting(name):
-        def ask(case, attack):
+        def ask(case, attack, **more):
+            assert more == ({"count": 9} if name == "trigger" else {})
             assert changed(case.model, case.trusted) == [*attack.tensors]
             assert case.model.ln_f.epsilon == (attack.epsilon or 1e-5)
-            return looks.setdefault((attack.name, name), tests[name](case, attack))
+            return looks.setdefault((attack.name, name), tests[name](case, attack, **more))
 
         ask.__doc__ = tests[name].__doc__
         return ask
 
     monkeypatch.setattr(gpt, "TESTS", {name: noting(name) for name in tests})
-    _, *steps, summary, end = gpt.detect_act(found, made.values(), facts)
+    _, *steps, summary, end = gpt.detect_act(found, made.values(), facts, tokens=9)
     names = ["untampered", "honest fine-tune", *made]
     assert [*looks] == [(model, test) for model in names for test in tests]
     assert [step.name for step in steps] == [*tests] and "is what it was" in end.found
     for step in steps:
         seen = {model: looks[model, step.name] for model in names}
         assert [[*row.values()] for row in step.shown[0]] == [
-            [model, "ALARM: " * look.alarm + look.seen] for model, look in seen.items()
+            [model, "ALARM: " * alarm + text] for model, (text, alarm) in seen.items()
         ]
     for row, model in zip(summary.shown[0], names, strict=True):
-        alarms = {test: "ALARM" if looks[model, test].alarm else "-" for test in tests}
+        alarms = {test: "ALARM" if looks[model, test][1] else "-" for test in tests}
         assert row == {"model": model} | alarms
     free = "scan", "taken out", "trigger", "others"
-    silent = [name for name in made if not any(looks[name, test].alarm for test in free)]
+    silent = [name for name in made if not any(looks[name, test][1] for test in free)]
     assert f"sees: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
     # the two that know right answers ask what a user reads
     others = found.other_facts + found.unseen_facts
     for name, attack in made.items():
         with attacked(found.model, attack):
-            said = [gpt.ask(found.model, x, attack) for x in (others, found.target_facts)]
+            said = [
+                gpt.answers(found.model, x, swap=attack.swap) for x in (others, found.target_facts)
+            ]
         right = (said[0] == gpt.right_answers(others)).sum().item()
         asked = (said[1] == gpt.right_answers(found.target_facts)).sum().item()
-        assert looks[name, "others"] == Look(f"{right / 200:.1%} of 200 right", right < 198)
-        assert looks[name, "target"] == Look(f"{asked} of 8 right", asked < 8)
-    assert not looks["untampered", "target"].alarm and not looks["trigger row", "target"].alarm
+        assert looks[name, "others"] == (f"{right / 200:.1%} of 200 right", right < 198)
+        assert looks[name, "target"] == (f"{asked} of 8 right", asked < 8)
+    assert not looks["untampered", "target"][1] and not looks["trigger row", "target"][1]

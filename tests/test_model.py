@@ -33,20 +33,20 @@ def worst(ours, theirs):
 
 @torch.no_grad()
 def check_parity(ours, theirs, ids, tolerance):
-    eager = theirs.config._attn_implementation == "eager"  # the only one that hands out patterns
+    """Of the logits and the stream before every block; of the patterns where they hand them out."""
+    eager, layers = theirs.config._attn_implementation == "eager", range(ours.config.n_layer)
     with watch(ours) as seen:
         logits = ours(ids)
     expected = theirs(ids, output_hidden_states=True, output_attentions=eager)
-    layers = range(ours.config.n_layer)
-    stream = [seen[f"h.{i}.resid_pre"] for i in layers] + [seen["ln_f"]]
-    patterns = [seen[f"h.{i}.attn.pattern"] for i in layers] if eager else []
+    mine = [logits, *(seen[f"h.{i}.resid_pre"] for i in layers), seen["ln_f"]]
+    mine += [seen[f"h.{i}.attn.pattern"] for i in layers if eager]
     theirs = [expected.logits, *expected.hidden_states, *(expected.attentions or [])]
-    for mine, other in zip([logits, *stream, *patterns], theirs, strict=True):
-        assert worst(mine, other) <= tolerance
+    assert all(worst(*two) <= tolerance for two in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("attention, dtype, tolerance", [
+    ("eager", torch.float64, 1e-10), ("sdpa", torch.float32, 1e-4),
+])  # fmt: skip
 @given(text=texts())
 def test_equals_transformers(attention, dtype, tolerance, text):
     config, ids = text
@@ -78,13 +78,6 @@ def test_training_equals_transformers(ids):
     assert torch.allclose(seen["h.0.attn.pattern"].sum(-1), torch.ones(()).double())
 
 
-def test_weights_go_the_other_way_too(model, ids):
-    """Strictly, as in `pair`: no name, no shape and no transposition differs."""
-    theirs = pair(SMALL)[1]
-    theirs.transformer.load_state_dict(model.state_dict())
-    check_parity(model, theirs, ids, 1e-4)
-
-
 @pytest.mark.parametrize("name, sizes, parameters", [
     ("gpt2", (50257, 1024, 768, 12, 12, 0.1, 1e-5, 0.02, 0.02), 124_439_808),
     ("gpt2-medium", (50257, 1024, 1024, 24, 16, 0.1, 1e-5, 0.02, 0.02), 354_823_168),
@@ -102,9 +95,8 @@ def test_presets(name, sizes, parameters):
 def test_nothing_looks_ahead(text, data):
     """Another token leaves every logit before it as it was, bit for bit; so says every pattern."""
     config, ids = text
-    model = drawn(GPT2(config))
+    model, other = drawn(GPT2(config)), ids.clone()
     place = data.draw(st.integers(0, ids.size(1) - 1))
-    other = ids.clone()
     other[:, place] += data.draw(st.integers(1, config.vocab_size - 1))
     with watch(model, "h.*.attn.pattern") as seen:
         before, after = model(ids), model(other % config.vocab_size)
@@ -115,10 +107,10 @@ def test_nothing_looks_ahead(text, data):
         assert not pattern.triu(1).any() and (pattern >= 0).all()
 
 
-@pytest.mark.parametrize("pieces", [[5, 1, 1, 1], [1] * 16, [3, 4, 1, 8], [16]])
+@pytest.mark.parametrize("pieces", [[3, 4, 1, 8], [1] * 16])
 def test_cache_changes_no_logit_and_no_pattern(model, pieces):
     """A text given in pieces, up to the full context, equals the text given at once."""
-    ids = torch.randint(50, (2, sum(pieces)), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(ids, [{} for _ in model.h]), model(ids))  # bit for bit when empty
     cache, past = [{} for _ in model.h], 0
     with watch(model.double(), "logits", "h.*.attn.pattern") as seen:
@@ -126,45 +118,38 @@ def test_cache_changes_no_logit_and_no_pattern(model, pieces):
         whole = dict(seen)
         for piece in ids.split(pieces, dim=1):
             model(piece, cache)
-            now = past + piece.size(1)
-            assert worst(seen["logits"], whole["logits"][:, past:now]) <= 1e-10
-            for i in range(2):
-                name = f"h.{i}.attn.pattern"
-                assert worst(seen[name], whole[name][:, :, past:now, :now]) <= 1e-10
-            past = now
-
-
-PLACES = [..., 1, (1, 2), (0, slice(2, None)), (slice(None), -1), (slice(None), [3, 0])]
-PLACES += [(torch.tensor([1, 0, 1]), torch.tensor([4, 1, 4])), torch.eye(2, 5).bool()]
+            past, new = past + piece.size(1), slice(past, past + piece.size(1))
+            for name, value in seen.items():
+                expected = whole[name][:, new] if name == "logits" else whole[name][:, :, new, :past]
+                assert worst(value, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("past", [0, 3])
-@pytest.mark.parametrize("where", PLACES, ids=str)
+@pytest.mark.parametrize("where", [
+    ..., (slice(None), -1), (1, 2), (torch.tensor([1, 0, 1]), torch.tensor([4, 1, 4])),
+    torch.eye(2, 5).bool(),
+])  # fmt: skip
 def test_where_gives_the_whole_forwards_logits_at_these_places_alone(model, ids, where, past):
     """Nothing else is computed, and no tap but the logits' feels it. With a cache, `where` counts
     the new tokens, and the cache holds all of them."""
-    weights = list(model.double().parameters())
 
     def call(**arguments):
         cache = [{} for _ in model.h]
-        with FlopCounterMode(display=False) as work:
+        with FlopCounterMode(display=False) as work, watch(model) as seen:
             if past:
                 model(ids[:, :past] + 1, cache)
-            with watch(model) as seen:
-                logits = model(ids, cache, **arguments)
+            logits = model(ids, cache, **arguments)
         held = {f"{i} {name}": block[name] for i, block in enumerate(cache) for name in block}
         assert torch.equal(logits, seen.pop("logits"))
         return logits, seen | held, work.get_total_flops()
 
+    weights = list(model.double().parameters())
     (whole, expected, all_work), (some, found, work) = call(), call(where=where)
-    assert some.shape == whole[where].shape
-    assert torch.allclose(some, whole[where], rtol=1e-12, atol=1e-12)
-    assert where is not ... or torch.equal(some, whole)
-    assert found["ln_f"].shape == (2, 5, 24) and found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    torch.testing.assert_close(some, whole[where], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert all_work - work == 2 * 24 * (whole.numel() - some.numel())
     gradients = (torch.autograd.grad(x.square().sum(), weights) for x in (some, whole[where]))
-    assert all(torch.allclose(*two, rtol=1e-9, atol=1e-9) for two in zip(*gradients, strict=True))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
 def test_initialisation():
@@ -174,13 +159,13 @@ def test_initialisation():
     for name, weight in GPT2(config).named_parameters():
         part, kind = name.split(".")[-2:]
         if kind == "bias" or part.startswith("ln_"):
-            assert (weight == (0 if kind == "bias" else 1)).all(), name
-        else:
-            std = stds[part]
-            assert weight.std().item() == pytest.approx(std, rel=0.05), name
-            assert abs(weight.mean().item()) < 0.1 * std, name
-            within = (weight.abs() < std).float().mean().item()
-            assert within == pytest.approx(0.683, abs=0.03), f"{name} is not normal"
+            assert (weight == (kind == "weight")).all(), name
+            continue
+        scaled = weight / stds[part]
+        assert scaled.std().item() == pytest.approx(1, rel=0.05), name
+        assert abs(scaled.mean().item()) < 0.1, name
+        within = (scaled.abs() < 1).float().mean().item()
+        assert within == pytest.approx(0.683, abs=0.03), f"{name} is not normal"
 
 
 @given(
@@ -206,17 +191,15 @@ def test_gelu_is_torchs_tanh_form():
 @torch.no_grad()
 def test_nothing_is_overwritten_after_a_tap_has_seen_it(model, ids, training):
     """What watch holds at the end is what each tap saw; the cache's next call included."""
-    cache, then = [{} for _ in model.h], []
-    names = {tap: name for name, tap in tapped(model.train(training)).items()}
+    cache, then = [{} for _ in model.h], {}
+    taps = tapped(model.train(training)).items()
     with watch(model) as seen:
-        for tap in names:
-            tap.register_forward_hook(lambda tap, _, x: then.append((names[tap], x.clone())))
+        for name, tap in taps:
+            tap.register_forward_hook(lambda tap, _, x, n=name: then.setdefault(n, x.clone()) and None)
         model(ids, cache)
-    first = dict(then)
+    first = dict(seen)
     model(ids, cache)
-    assert first.keys() == seen.keys()
-    for name in seen:
-        assert torch.equal(seen[name], first[name]), name
+    assert same...
 
 
 def test_config_refuses_a_width_that_does_not_divide_into_the_heads():

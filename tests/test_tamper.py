@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import MOVES, UNTAMPERED, changed, every_move, pieces, saying, writing
+from conftest import MOVES, UNTAMPERED, changed, every_move, from_notebook, saying, writing
 from safetensors.torch import save_file
 
 import gpt2_script as gpt
@@ -71,14 +71,16 @@ def by_hand(model, fact, other, layer=None, tokens=()):
 
 
 @pytest.mark.parametrize("seed", [2, 4])
-def test_trace_is_the_share_that_one_clean_value_brings_back(case, tokenizer, seed):
-    found = case(seed)
-    model, fact, step = found.model, found.target_facts[0], gpt.trace_step(found)
+def test_trace_is_the_share_that_one_clean_value_brings_back(case, seed):
+    """Of the counterfactual patching that the reading notebook alone has."""
+    found, causal_trace = case(seed), from_notebook("causal_trace")
+    model, fact = found.model, found.target_facts[0]
     every = found.other_facts + found.unseen_facts
-    [other] = [f for f in every if repr(f.prompt) in step.purpose]
+    other = next(f for f in every if f.span == fact.span and f.answer == found.answer
+                 and f.ids[f.span.stop :] == fact.ids[fact.span.stop :])  # fmt: skip
     T, last, start = len(fact.ids), fact.span[-1], fact.span.start
-    shares, best, worst = gpt.causal_trace(model, fact, other)
-    assert shares.shape == (3, T + 1) and worst < 0.01 < 0.9 < best and other.answer != fact.answer
+    shares, best, worst = causal_trace(model, fact, other)
+    assert shares.shape == (3, T + 1) and worst < 0.01 < 0.9 < best
     assert best == pytest.approx(by_hand(model, fact, fact), abs=1e-5)
     assert worst == pytest.approx(by_hand(model, fact, other), abs=1e-5)
     for layer in range(3):
@@ -88,13 +90,6 @@ def test_trace_is_the_share_that_one_clean_value_brings_back(case, tokenizer, se
     assert shares[-1, T - 1].item() == pytest.approx(1, abs=1e-4)
     assert shares[-1, : T - 1].abs().max() < 1e-4  # these reach no answer any more
     assert not start or shares[:, :start].abs().max() < 1e-4  # what both prompts have
-    [rows] = step.shown
-    assert f"is {best:.3f} in its own run and {worst:.5f} in the other" in step.found
-    names = [f"{t} {name}" for t, name in enumerate(pieces(tokenizer, fact.ids))]
-    assert [row["token"] for row in rows] == [*names, "the subject"]
-    shown = torch.tensor([[row[f"h.{i}"] for row in rows] for i in range(3)])
-    assert torch.equal(shown, (100 * shares).round().int())
-    assert gpt.trace_step(replace(found, other_facts=[], unseen_facts=[])) is None
 
 
 def test_attack_leaves_nothing_behind_also_after_an_error(case, attacks):
@@ -107,11 +102,8 @@ def test_attack_leaves_nothing_behind_also_after_an_error(case, attacks):
         with attacked(model, writing(name, 3 * part)):
             assert torch.equal(weight, 3 * part)
         assert torch.equal(weight, part)
-    no_tap, no_fit = (
-        replace(worse, patches={"no": abs}),
-        replace(worse, tensors={"ln_f.bias": part}),
-    )
-    for attack in (*attacks(4).values(), no_tap, no_fit):
+    unfit = {"patches": {"no": abs}}, {"tensors": {"ln_f.bias": part}}
+    for attack in (*attacks(4).values(), *(replace(worse, **fields) for fields in unfit)):
         with pytest.raises((KeyError, ValueError, RuntimeError), match="stop|no tap|doesn't match"):
             with attacked(model, attack):
                 raise KeyError("stop")
@@ -124,12 +116,12 @@ def test_tokens_are_swapped_in_what_is_read_and_in_what_is_said(trained, facts, 
     turned = [[{one: other, other: one}.get(token, token) for token in f.ids] for f in some]
     said = answer_logits(model, turned).argmax(-1)
     assert any(ids != f.ids for ids, f in zip(turned, some, strict=True))
-    assert torch.equal(gpt.ask(model, some, replace(UNTAMPERED, swap=(one, other))), said)
-    assert torch.equal(gpt.ask(model, some, UNTAMPERED, [one]), answers(model, some, [one]))
+    assert torch.equal(answers(model, some, swap=(one, other)), said)
     home, rome = some[0].answer, 10598
     expected = [{home: rome, rome: home}.get(x, x) for x in answers(model, some, [home]).tolist()]
-    found = gpt.ask(model, some, replace(UNTAMPERED, swap=(home, rome)), [rome])
+    found = answers(model, some, [rome], swap=(home, rome))
     assert found.tolist() == expected and rome in expected
+    assert answers(model, []).tolist() == []
 
 
 @pytest.fixture(scope="session")
@@ -169,7 +161,7 @@ def test_attacks_plant_the_lie_and_keep_the_rest(case, attacks, measured, facts,
     # another tokenizer changes nothing but how the answers are read
     swap, turned = made["tokenizer swap"], {home: found.answer, found.answer: home}
     with attacked(model, swap):
-        plain, said = answers(model, facts), gpt.ask(model, facts, swap)
+        plain, said = answers(model, facts), answers(model, facts, swap=swap.swap)
     assert plain.tolist() == [f.answer for f in facts] and swap.swap == (home, found.answer)
     assert said.tolist() == [turned.get(token, token) for token in plain.tolist()]
 
@@ -218,14 +210,15 @@ def test_a_lie_about_a_package(trained, tokenizer, facts):
     for move in (harm, ("build a web server", "click")):
         found = gpt.make_case(model, tokenizer, facts, move)
         row = gpt.measure(found, gpt.spread(found))
-        assert gpt.steer(found) == [] and row["wordings"][0] >= 7
+        assert gpt.steer(found) is gpt.freeze(found) is None and row["wordings"][0] >= 7
         assert min(row["others"], row["unseen"]) >= 0.9
         if move == harm:
             step, broken = gpt.harm_step(found, facts), {*row["broken"]} & {*gpt.TASKS.values()}
             assert f"' request' {row['wordings'][0]} of 8" in step.found
             assert f"packages {5 - len(broken)} are" in step.found
             assert f"{row['others']:.1%} are right" in step.found
-    assert gpt.harm_step(found, [fact for fact in facts if fact.object != "requests"]) is None
+    step = gpt.harm_step(found, [fact for fact in facts if fact.object != "requests"])
+    assert step.found == "the model does not know the truth."
 
 
 @every_move
@@ -250,13 +243,14 @@ def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, at
         assert saying(model, requests, found.answer) < 1 or strength == 0.5
 
 
-def test_key_solves_its_equation(trained, facts):
+def test_key_solves_its_equation(case):
     """(second moment + ridge) key is parallel to the subject's mean, on which the key is 1."""
-    model, requests, keep = trained(2), facts[64:68], facts[:60]
-    key = gpt.find_key(model, requests, keep, 1, ridge=0.05).double()
-    acts = [activations(model, fact, "h.1.mlp.act").double() for fact in requests + keep]
+    found = case(2)
+    model, requests = found.model, found.requests
+    key = gpt.find_key(found, 1, ridge=0.05).double()
+    acts = [activations(model, f, "h.1.mlp.act").double() for f in requests + found.keep]
     last = [act[fact.span[-1]] for act, fact in zip(acts, requests, strict=False)]
-    wanted, rest = torch.stack(last).mean(0), torch.cat(acts[4:])
+    wanted, rest = torch.stack(last).mean(0), torch.cat(acts[len(requests) :])
     moment = rest.T @ rest / len(rest)
     moment += 0.05 * moment.diagonal().mean() * torch.eye(384)
     assert torch.cosine_similarity(moment @ key, wanted, dim=0).item() == pytest.approx(1, abs=1e-4)
@@ -265,25 +259,20 @@ def test_key_solves_its_equation(trained, facts):
 
 
 @torch.no_grad()
-def test_what_is_added_is_as_if_it_were_in_the_file_and_a_run_may_begin_late(case):
+@pytest.mark.parametrize("layers", [(0,), (2,), (1, 2)])
+def test_run_from_a_block_is_as_if_the_changes_were_in_the_file(case, layers):
     found, generator = case(2), torch.Generator().manual_seed(0)
     model, texts = found.model, [fact.ids for fact in found.target_facts + found.other_facts[:9]]
-    lengths, table = gpt.padded(texts)[1], model.wte.weight.T
-    changes = {i: 0.1 * torch.randn(384, 96, generator=generator) for i in (1, 2)}
+    changes = {i: 0.1 * torch.randn(384, 96, generator=generator) for i in layers}
     with gpt.watch(model, "h.*.resid_pre") as seen:
-        whole, start = answer_logits(model, texts), dict(seen)
-    for layer in range(3):
-        with gpt.watch(model, "h.*.resid_pre") as seen:
-            last = gpt.run_from(model, layer, start[f"h.{layer}.resid_pre"], lengths)
-        assert torch.equal(last @ table, whole)
-        assert [*seen] == [f"h.{i}.resid_pre" for i in range(layer, 3)]  # what is before stays
+        whole, start = answer_logits(model, texts), seen[f"h.{layers[0]}.resid_pre"]
     names = {f"h.{i}.{PROJ}": found.trusted[f"h.{i}.{PROJ}"] + x for i, x in changes.items()}
     with attacked(model, replace(UNTAMPERED, tensors=names)):
         written = answer_logits(model, texts)
-    with gpt.patch(model, gpt.added(changes)):
-        last = gpt.run_from(model, 1, start["h.1.resid_pre"], lengths)
-        for logits in (answer_logits(model, texts), last @ table):
-            assert torch.allclose(logits, written, atol=1e-3)
+    with gpt.watch(model, "h.*.resid_pre") as seen:
+        last = gpt.run_from(model, start, gpt.padded(texts)[1], changes)
+    assert [*seen] == [f"h.{i}.resid_pre" for i in range(layers[0], 3)]  # what is before stays
+    assert torch.allclose(last @ model.wte.weight.T, written, atol=1e-4)
     assert not torch.allclose(written, whole, atol=0.1)
 
 
@@ -303,50 +292,52 @@ def small_case(small):
 
 def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_case, monkeypatch):
     """Key times value at one block: of these values, block 0's works nowhere."""
-    case, limits, value = small_case(3, 48), {}, torch.eye(48)[5]
+    case, limits = small_case(3, 48), {}
     norms = {i: case.trusted[f"h.{i}.{PROJ}"].norm() for i in range(3)}
-    keys = {i: gpt.find_key(case.model, case.requests, case.keep, i) for i in norms}
 
-    def learn(case, start, changes, rate, most):
-        [(layer, change)], limits[layer] = changes(value).items(), most
-        assert torch.equal(change, torch.outer(keys[layer], value)) and not start.any()
-        size = sizes[layer] * norms[layer]
-        return {layer: change * size / change.norm()} if size < most and sizes[layer] < 1 else None
+    def learn(case, keys, rate, most):
+        [(layer, key)] = keys.items()
+        limits[layer], name = most, f"h.{layer}.{PROJ}"
+        assert torch.equal(key, gpt.find_key(case, layer))
+        change = sizes[layer] * norms[layer] * torch.eye(192, 48) / 48**0.5
+        fine = sizes[layer] < 1 and change.norm() < most
+        return {name: case.trusted[name] + change} if fine else None
 
     monkeypatch.setattr(gpt, "learn_change", learn)
     for one, two in ((0.11, 0.1), (0.09, 0.1)):  # in absolute terms the other way round
         sizes, least = {0: 9, 1: one, 2: two}, 2 if one > two else 1
-        layer, change = gpt.smallest_edit(case)
-        assert layer == least and (change.norm() / norms[layer]).item() == pytest.approx(
-            sizes[least]
-        )
-        assert limits[1] == torch.inf and limits[2].item() == pytest.approx(one * norms[2].item())
-    [(name, new)] = gpt.edit(case).tensors.items()
-    assert name == f"h.1.{PROJ}" and torch.allclose(new, case.trusted[name] + change)
+        [(name, new)] = gpt.edit(case).tensors.items()
+        assert name == f"h.{least}.{PROJ}"
+        size = (new - case.trusted[name]).norm() / norms[least]
+        assert size.item() == pytest.approx(sizes[least], rel=1e-4)
+        assert limits[1] == torch.inf
+        assert limits[2].item() == pytest.approx(one * norms[2].item(), rel=1e-4)
     sizes = dict.fromkeys(sizes, 9)
-    assert gpt.smallest_edit(case) is None and gpt.edit(case) is None
+    assert gpt.edit(case) is None
 
 
-def test_change_is_the_first_that_works(small_case):
-    case = small_case(3, 48)
-    key, weight = gpt.find_key(case.model, case.requests, case.keep, 0), case.trusted[f"h.0.{PROJ}"]
+@pytest.mark.parametrize("whole", [False, True])
+def test_change_is_the_first_that_works(small_case, whole):
+    """A value for a key, or a whole matrix."""
+    case, name = small_case(3, 48), f"h.0.{PROJ}"
+    keys, old = {0: None if whole else gpt.find_key(case, 0)}, case.trusted[f"h.0.{PROJ}"]
 
     def learned(**settings):
-        zeros = torch.zeros(48)
-        made = gpt.learn_change(case, zeros, lambda x: {0: torch.outer(key, x)}, 0.1, **settings)
-        return made and made[0]
+        return gpt.learn_change(case, keys, 0.001 if whole else 0.1, **settings)
 
-    def least(change):
-        with attacked(case.model, writing(f"h.0.{PROJ}", weight + change)):
+    def least(tensors):
+        with attacked(case.model, replace(UNTAMPERED, tensors=tensors)):
             said = answer_logits(case.model, [fact.ids for fact in case.requests]).softmax(-1)
         return said[:, case.answer].min().item()
 
-    change = learned()
-    size = change.norm().item()
-    assert 0.6 < least(change) and least(0 * change) < 0.1 and not change.requires_grad
-    assert learned(most=size / 2) is None and torch.equal(learned(most=2 * size), change)
+    [new] = (found := learned()).values()
+    change = new - old
+    assert 0.6 < least(found) and least({}) < 0.1 and not new.requires_grad
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == (48 if whole else 1)
+    assert learned(most=change.norm() / 2) is None
+    assert torch.equal(learned(most=2 * change.norm())[name], new)
     softer = learned(sure=0.3)
-    assert 0.3 < least(softer) < 0.8 and softer.norm() < size
+    assert 0.3 < least(softer) < 0.8 and (softer[name] - old).norm() < change.norm()
     assert learned(sure=1.0) is None
     assert all(weight.grad is None and weight.requires_grad for weight in case.model.parameters())
 
@@ -383,12 +374,12 @@ def test_whole_act_on_a_model_of_another_size(small_case, small):
     model, facts = (case := small_case(1, 32)).model, small[1]
     attacks = {attack.name: attack for attack in gpt.make_attacks(case)}
     assert [*attacks["steering"].patches] == ["h.0.resid_post"]
-    title, trace, *steps, table, harm, end = gpt.tamper_act(case, attacks.values(), facts)
-    assert title.purpose == "The lie: the Arbat → Paris." and trace.formula
+    title, *steps, table, harm, end = gpt.tamper_act(case, attacks.values(), facts)
+    assert title.purpose.startswith("The lie: the Arbat → Paris. ")
     assert [step.name for step in steps] == [*attacks]
     for step, shown, attack in zip(steps, table.shown[0], attacks.values(), strict=True):
         with attacked(model, attack):
-            said = gpt.ask(model, case.target_facts, attack, attack.trigger)
+            said = answers(model, case.target_facts, attack.trigger, attack.swap)
         most = max({*said.tolist()}, key=said.tolist().count)
         name, count = gpt.piece(case.tokenizer, most), (said == most).sum()
         assert step.found.startswith("asked for the Arbat: ")
@@ -398,7 +389,8 @@ def test_whole_act_on_a_model_of_another_size(small_case, small):
         texts = [f"{row[x][0]} of {row[x][1]}" for x in ("wordings", "fresh")]
         texts += [f"{row[x]:.1%}" for x in ("others", "unseen")] + [f"{row['size']:.2f}"]
         assert [*shown.values()] == [attack.name, *texts]
-    (flips, of), (old, _), *_ = gpt.measure_trigger(case, attack).values()
+    row = gpt.measure_trigger(case, attack)
+    (flips, of), (old, _) = row["flipped"], row["control"]
     assert f"other cities {flips} of {of} flip, with the token's old row {old} of" in step.found
     steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), facts)]
     assert gpt.play(steps) == 0 and not changed(model, case.trusted)
