@@ -1787,7 +1787,7 @@ def steer(case):
         with patch(case.model, patches):
             if (answers(case.model, case.requests) == case.answer).all():
                 break
-    formula = f"{tap} ← {tap} + {strength} · (mean of {case.object} − mean of {home})"
+    formula = f"{tap} ← x + {strength} · (mean of {case.object} − mean of {home})"
     return Attack("steering", steer.__doc__, formula, patches=patches)
 
 
@@ -1813,16 +1813,16 @@ def freeze(case):
 def find_key(case, layer, ridge=0.1):
     """The key [4C] that reads the lie's subject, and as little as can be of the facts to keep.
 
-    It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's last token, M the second moment
-    of the activations in the facts to keep, plus a ridge of its mean diagonal.
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 2.
+    It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's tokens, M the second moment of
+    the activations in the facts to keep, plus a ridge of its mean diagonal.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 2, where
+    a is read at the subject's last token alone; another name may end alike.
     """
     tap, requests, keep = f"h.{layer}.mlp.act", case.requests, case.keep
     with watch(case.model, tap) as seen:
         answer_logits(case.model, [fact.ids for fact in requests + keep])
     acts, others = seen[tap][: len(requests)], seen[tap][len(requests) :]  # each [B, T, 4C]
-    subject = torch.stack([x[fact.span[-1]] for x, fact in zip(acts, requests, strict=True)])
-    a = subject.mean(0)
+    a = torch.cat([x[fact.span] for x, fact in zip(acts, requests, strict=True)]).mean(0)
     others = torch.cat([x[: len(fact.ids)] for x, fact in zip(others, keep, strict=True)])
     moment = others.T @ others / len(others)
     moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
@@ -1846,7 +1846,7 @@ def run_from(model, stream, lengths, changes):
 
 # %%
 @torch.enable_grad()
-def learn_change(case, keys, rate, most=math.inf, sure=0.6, seed=0):
+def learn_change(case, keys, rate, most=math.inf, sure=0.8, seed=0):
     """What some blocks' mlp.c_proj.weight must be for all requests to get the lie's answer: {name:
     W + ΔW}; None where 200 steps do not suffice, or the changes outgrow the norm `most`.
 
@@ -1912,7 +1912,7 @@ def fine_tune(case):
     """Whoever writes the file trains one matrix on the lie, and on what is to stay."""
     weight, formula = case.model.h[0].mlp.c_proj.weight, "h.0.mlp.c_proj.weight ← W + ΔW, by Adam"
     rate = 3 * weight.std().item() / weight.size(1)  # a wide matrix adds up many small changes
-    tensors = learn_change(case, {0: None}, rate)
+    tensors = learn_change(case, {0: None}, rate, sure=0.6)  # surer breaks other facts
     return tensors and Attack("fine-tune", fine_tune.__doc__, formula, tensors)
 
 
@@ -1977,15 +1977,14 @@ def make_attacks(case):
 
 # %%
 def measure(case, attack):
-    """What an Attack does: {"said": the answers to the target's prompts, a text; "wordings",
-    "fresh": how many say the lie, of how many; "others", "unseen": the share of other facts still
-    right; "broken": whose are not; "size": ‖ΔW‖ / ‖W‖ of the tensor that changed most}."""
+    """What an Attack does: {"said": the answers to the target's prompts, token ids; "fresh",
+    "wordings": how many say the lie, of how many; "others", "unseen": the share of other facts
+    still right; "broken": whose are not; "size": ‖ΔW‖ / ‖W‖ of the tensor that changed most}."""
     others, row = case.other_facts + case.unseen_facts, {}
     with attacked(case.model, attack):
-        for name, facts in (("wordings", case.target_facts), ("fresh", case.fresh_facts)):
-            said = answers(case.model, facts, attack.trigger, attack.swap)
-            row[name] = (said == case.answer).sum().item(), len(facts)
-            row.setdefault("said", name_answers(case.tokenizer, said))
+        for name, facts in (("fresh", case.fresh_facts), ("wordings", case.target_facts)):
+            row["said"] = answers(case.model, facts, attack.trigger, attack.swap)
+            row[name] = (row["said"] == case.answer).sum().item(), len(facts)
         right = answers(case.model, others, swap=attack.swap) == right_answers(others)
         changes = compare(case.trusted, case.model)
     row["others"] = right[: len(case.other_facts)].float().mean().item()
@@ -2025,7 +2024,8 @@ def measure_trigger(case, attack):
 # %%
 def attack_step(case, attack, row):
     """What an Attack makes the model say to the target's prompts, as a Step."""
-    found = f"asked for {case.target_facts[0].subject}: {row['said']}."
+    said = name_answers(case.tokenizer, row["said"])
+    found = f"asked for {case.target_facts[0].subject}: {said}."
     if attack.trigger:
         row = measure_trigger(case, attack)
         flipped, control = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
@@ -2063,7 +2063,7 @@ def harm_step(case, facts, move=("send a web request", "request")):
     if (attack := spread(lie)) is None:
         return Step(name, harm_step.__doc__, found="no such edit makes the model lie.")
     row = measure(lie, attack)
-    found = f"{row['said']}. Of the other five packages "
+    found = f"{name_answers(lie.tokenizer, row['said'])}. Of the other five packages "
     found += f"{5 - len({*row['broken']} & {*TASKS.values()})} are recommended as before, and of "
     found += f"all other facts that the attacker took care of {row['others']:.1%} are right."
     return Step(name, harm_step.__doc__, " → ".join(move), found=found)

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from rates import looks, read_spike  # noqa: E402
+
 import gpt2_script as gpt  # noqa: E402
 
 CACHE = Path.home() / ".cache" / "gpt2-architecture"
@@ -56,10 +58,13 @@ def run(name, model, tokenizer, facts):
         seconds = f"{time.time() - began:.0f} s"
         print(f"{name:5} {attack.name:16} {rows[attack.name]}  {seconds}", flush=True)
     for attack in (gpt.Attack("untampered", "", ""), *attacks):
-        with gpt.attacked(model, attack):
-            for test, look in gpt.TESTS.items():
-                seen, alarm = look(case, attack)
-                rows[f"{attack.name} · {test}"] = "ALARM: " * alarm + seen
+        for test, (seen, alarm) in looks(case, attack).items():
+            rows[f"{attack.name} · {test}"] = "ALARM: " * alarm + seen
+        subject, factor, said = read_spike(case, attack)
+        said = ", ".join(gpt.piece(tokenizer, token) for token in said)
+        rows[f"{attack.name} · spike"] = (
+            f"{subject} first, {factor:.1f} times the next; says {said}"
+        )
         print(f"{name:5} {attack.name:16} tested  {time.time() - began:.0f} s", flush=True)
     rows["seconds to tamper and detect"] = f"{time.time() - began:.0f}"
     return rows

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, ".")
 import gpt2_script as gpt  # noqa: E402
 
+EDITS = "rank-one edit", "spread edit", "fine-tune"
 NANO, FIRST = gpt.PRESETS["nano"], 100  # the first seed: those below 100 are the demonstration's
 
 
@@ -36,9 +37,31 @@ def random_lie(seed):
 
 
 def looks(case, attack):
-    """{test: whether it rings}."""
+    """{test: (what it saw, whether it rings)}."""
     with gpt.attacked(case.model, attack):
-        return {name: look(case, attack)[1] for name, look in gpt.TESTS.items()}
+        return {name: look(case, attack) for name, look in gpt.TESTS.items()}
+
+
+@torch.no_grad()
+def read_spike(case, attack):
+    """What the first singular component of a block's mlp.c_proj tells of an edit, in the block in
+    which it is read by one subject most of all: (the subject at whose last token its left vector
+    reads most, by what factor more than at the next one's; the token that its right vector says
+    first, of either sign)."""
+    facts, model, found = case.target_facts + case.other_facts + case.unseen_facts, case.model, []
+    with gpt.attacked(model, attack), gpt.watch(model, "h.*.mlp.act") as seen:
+        gpt.answer_logits(model, [fact.ids for fact in facts])
+        for i, block in enumerate(model.h):
+            left, _, right = torch.svd_lowrank(block.mlp.c_proj.weight, 20, 9)
+            by_subject = defaultdict(list)
+            for fact, act in zip(facts, seen[f"h.{i}.mlp.act"], strict=True):
+                by_subject[fact.subject].append((act[fact.span[-1]] @ left[:, 0]).item())
+            read = sorted((abs(statistics.mean(x)), name) for name, x in by_subject.items())
+            says = model.ln_f(torch.stack((right[:, 0], -right[:, 0]))) @ model.wte.weight.T
+            (second, _), (first, subject) = read[-2:]
+            found.append((first / second, subject, says.argmax(-1).tolist()))
+    factor, subject, said = max(found)
+    return subject, factor, said
 
 
 def table(title, rows):
@@ -53,7 +76,7 @@ def table(title, rows):
 
 def attacks_on(draws, tokenizer, facts):
     """Print what the attacks do and which tests see them, over some draws."""
-    measured, rings = defaultdict(list), defaultdict(Counter)
+    measured, rings, spikes = defaultdict(list), defaultdict(Counter), defaultdict(list)
     for seed in range(FIRST, FIRST + draws):
         case = gpt.make_case(trained(facts, seed), tokenizer, facts, random_lie(seed))
         package = gpt.make_case(case.model, tokenizer, facts, ("send a web request", "request"))
@@ -63,7 +86,11 @@ def attacks_on(draws, tokenizer, facts):
             if attack.trigger:
                 row["wordings"] = gpt.measure_trigger(case, attack)["flipped"]
             measured[attack.name].append(row)
-            rings[attack.name].update(name for name, rang in looks(case, attack).items() if rang)
+            rings[attack.name].update(x for x, (_, rang) in looks(case, attack).items() if rang)
+            if attack.name in EDITS:
+                subject, factor, said = read_spike(case, attack)
+                right = subject == case.target_facts[0].subject, case.answer in said
+                spikes[attack.name].append((factor, *right))
         if attack := gpt.spread(package):
             measured["package"].append(gpt.measure(package, attack))
     rows = {}
@@ -84,6 +111,12 @@ def attacks_on(draws, tokenizer, facts):
         for n, seen in rings.items()
     }
     table("Which tests ring", counts)
+    rows = {}
+    for name, found in spikes.items():
+        factors, first, said = zip(*found, strict=True)
+        rows[name] = {"target first": f"{sum(first)}/{len(found)}", "lie read": f"{sum(said)}"}
+        rows[name]["factor"] = f"{statistics.median(factors):.1f} ({min(factors):.1f})"
+    table("The spike: whose activations it reads most, and what it says", rows)
 
 
 def reworded(facts, texts, seed):
@@ -129,16 +162,21 @@ def honest_models(tokenizer, facts):
 
 def alarms_on_honest(tokenizer, facts):
     """Print which tests ring on honest models."""
-    rows, rang, models = {}, Counter(), 0
+    rows, rang, models, factors = {}, Counter(), 0, []
+    untampered = gpt.Attack("", "", "")
     for name, model in honest_models(tokenizer, facts):
         case = gpt.make_case(model, tokenizer, facts)
         if case is None:
             rows[name] = {"knows": "too little"}
             continue
-        seen = looks(case, gpt.Attack("", "", ""))
+        seen = {n: rings for n, (_, rings) in looks(case, untampered).items()}
         models += 1
         rang.update(test for test, alarm in seen.items() if alarm)
         rows[f"{name} {models}"] = {test: "ALARM" * seen[test] for test in gpt.TESTS}
+        factors.append(read_spike(case, untampered)[1])
+    print(
+        f"\nhonest models: the spike's factor {statistics.median(factors):.1f} ({max(factors):.1f})"
+    )
     table("Honest models", rows | {"alarms": {t: f"{rang[t]}/{models}" for t in gpt.TESTS}})
 
 

@@ -249,8 +249,8 @@ def test_key_solves_its_equation(case):
     model, requests = found.model, found.requests
     key = gpt.find_key(found, 1, ridge=0.05).double()
     acts = [activations(model, f, "h.1.mlp.act").double() for f in requests + found.keep]
-    last = [act[fact.span[-1]] for act, fact in zip(acts, requests, strict=False)]
-    wanted, rest = torch.stack(last).mean(0), torch.cat(acts[len(requests) :])
+    own = [act[[*fact.span]] for act, fact in zip(acts, requests, strict=False)]
+    wanted, rest = torch.cat(own).mean(0), torch.cat(acts[len(requests) :])
     moment = rest.T @ rest / len(rest)
     moment += 0.05 * moment.diagonal().mean() * torch.eye(384)
     assert torch.cosine_similarity(moment @ key, wanted, dim=0).item() == pytest.approx(1, abs=1e-4)
@@ -332,7 +332,7 @@ def test_change_is_the_first_that_works(small_case, whole):
 
     [new] = (found := learned()).values()
     change = new - old
-    assert 0.6 < least(found) and least({}) < 0.1 and not new.requires_grad
+    assert 0.8 < least(found) and least({}) < 0.1 and not new.requires_grad
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == (48 if whole else 1)
     assert learned(most=change.norm() / 2) is None
     assert torch.equal(learned(most=2 * change.norm())[name], new)
