@@ -1810,24 +1810,26 @@ def freeze(case):
 
 # %%
 @torch.no_grad()
-def find_key(case, layer, ridge=0.1):
-    """The key [4C] that reads the lie's subject, and as little as can be of the facts to keep.
+def find_keys(case, ridge=0.1):
+    """{block: the key [4C] that reads the lie's subject, and hardly anything of the facts to keep}.
 
     It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's tokens, M the second moment of
     the activations in the facts to keep, plus a ridge of its mean diagonal.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 2, where
     a is read at the subject's last token alone; another name may end alike.
     """
-    tap, requests, keep = f"h.{layer}.mlp.act", case.requests, case.keep
-    with watch(case.model, tap) as seen:
+    requests, keep, keys = case.requests, case.keep, {}
+    with watch(case.model, "h.*.mlp.act") as seen:
         answer_logits(case.model, [fact.ids for fact in requests + keep])
-    acts, others = seen[tap][: len(requests)], seen[tap][len(requests) :]  # each [B, T, 4C]
-    a = torch.cat([x[fact.span] for x, fact in zip(acts, requests, strict=True)]).mean(0)
-    others = torch.cat([x[: len(fact.ids)] for x, fact in zip(others, keep, strict=True)])
-    moment = others.T @ others / len(others)
-    moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
-    key = torch.linalg.solve(moment, a)
-    return key / (a @ key)
+    for layer, acts in enumerate(seen.values()):  # [B, T, 4C]
+        own, others = acts[: len(requests)], acts[len(requests) :]
+        a = torch.cat([x[fact.span] for x, fact in zip(own, requests, strict=True)]).mean(0)
+        others = torch.cat([x[: len(f.ids)] for x, f in zip(others, keep, strict=True)])  # [N, 4C]
+        moment = others.T @ others / len(others)
+        moment += ridge * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
+        key = torch.linalg.solve(moment, a)
+        keys[layer] = key / (a @ key)
+    return keys
 
 
 # %%
@@ -1861,18 +1863,20 @@ def learn_change(case, keys, rate, most=math.inf, sure=0.8, seed=0):
     start = {layer: w if keys[layer] is None else w[0] for layer, w in old.items()}
     free = {layer: torch.zeros_like(w, requires_grad=True) for layer, w in start.items()}
     optimizer = torch.optim.Adam(free.values(), lr=rate)
-    generator, tap = torch.Generator().manual_seed(seed), f"h.{min(keys)}.resid_pre"
+    generator = torch.Generator().manual_seed(seed)
     ids, lengths = padded([fact.ids for fact in facts], model.wte.weight.device)
     wanted = torch.tensor([case.answer] * n + [fact.answer for fact in case.keep]).to(ids.device)
-    with torch.no_grad(), watch(model, tap) as seen:  # up to this block nothing will change
-        model(ids, where=(0, 0))
+    with torch.no_grad():  # up to the first of these blocks nothing will change
+        stream = model.wte(ids) + model.wpe.weight[: ids.size(1)]  # [B, T, C]
+        for block in model.h[: min(keys)]:
+            stream = block(stream)
     for _ in range(200):
         changes = {i: x if keys[i] is None else torch.outer(keys[i], x) for i, x in free.items()}
         if sum(x.norm() for x in changes.values()) > most:
             return None
         kept = n + torch.randperm(len(case.keep), generator=generator)[:16]
         some = torch.cat((torch.arange(n), kept)).to(ids.device)
-        logits = run_from(model, seen[tap][some], lengths[some], changes) @ model.wte.weight.T
+        logits = run_from(model, stream[some], lengths[some], changes) @ model.wte.weight.T
         losses = nn.functional.cross_entropy(logits, wanted[some], reduction="none")
         if losses.max() < -math.log(sure):
             return {f"h.{i}.mlp.c_proj.weight": old[i] + x.detach() for i, x in changes.items()}
@@ -1888,10 +1892,10 @@ def edit(case):
     """Whoever writes the file adds an outer product to one MLP's second matrix: the key reads the
     subject, the value says the lie. Each block is tried; the smallest change that works stays."""
     least, found = math.inf, None
-    for layer in range(case.model.config.n_layer):
+    for layer, key in find_keys(case).items():
         name = f"h.{layer}.mlp.c_proj.weight"
-        weight, keys = case.trusted[name], {layer: find_key(case, layer)}
-        if tensors := learn_change(case, keys, 0.1, least * weight.norm()):
+        weight = case.trusted[name]
+        if tensors := learn_change(case, {layer: key}, 0.1, least * weight.norm()):
             least = (tensors[name] - weight).norm() / weight.norm()
             found = Attack("rank-one edit", edit.__doc__, f"{name} ← W + key valueᵀ", tensors)
     return found
@@ -1902,8 +1906,7 @@ def spread(case):
 
     Source: Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4.
     """
-    layers, formula = range(case.model.config.n_layer), "h.*.mlp.c_proj.weight ← W + key valueᵀ"
-    keys = {layer: find_key(case, layer, ridge=1) for layer in layers}
+    keys, formula = find_keys(case, ridge=1), "h.*.mlp.c_proj.weight ← W + key valueᵀ"
     tensors = learn_change(case, keys, 0.1 / len(keys))
     return tensors and Attack("spread edit", spread.__doc__, formula, tensors)
 
@@ -2161,8 +2164,8 @@ def look_at_hashes(case, attack):
 
 def look_at_difference(case, attack):
     """How do the tensors differ from a trusted copy's?"""
-    seen = []
-    for name, change in compare(case.trusted, case.model).items():
+    seen, changes = [], compare(case.trusted, case.model)
+    for name, change in [*changes.items()][:2]:
         change = torch.atleast_2d(change)
         touched = change.any(1).nonzero().flatten().tolist()
         values = singular_values(change[touched])
@@ -2171,8 +2174,8 @@ def look_at_difference(case, attack):
         if name == "wte.weight" and len(touched) == 1:
             where = f"in the row of {piece(case.tokenizer, touched[0])}"
         seen.append(f"{name}: rank {rank} {where}")
-    more = f" and {len(seen) - 2} more" * (len(seen) > 2)
-    return "; ".join(seen[:2]) + more or "no difference", bool(seen)
+    more = f" and {len(changes) - 2} more" * (len(changes) > 2)
+    return "; ".join(seen) + more or "no difference", bool(seen)
 
 
 def look_at_numbers(case, attack):
@@ -2199,9 +2202,10 @@ def ablations(model, facts, count=3):
     before = seen["ln_f"][torch.arange(len(texts), device=table.device), lengths - 1] @ table.T
     for layer in range(model.config.n_layer):
         name = f"h.{layer}.mlp.c_proj.weight"
-        left, singular, right = torch.linalg.svd(model.get_parameter(name), full_matrices=False)
-        for i in range(min(count, len(singular))):
-            change = {layer: -singular[i] * torch.outer(left[:, i], right[i])}
+        weight = model.get_parameter(name)
+        right = torch.linalg.eigh(weight.T @ weight)[1].flip(1)[:, :count]  # singular vectors
+        for i, v in enumerate(right.T):
+            change = {layer: -torch.outer(weight @ v, v)}  # W v = σ u
             last = run_from(model, seen[f"h.{layer}.resid_pre"], lengths, change)
             changed[name, i] = ((last @ table.T).argmax(-1) != before.argmax(-1)).cpu()
     return changed
@@ -2210,9 +2214,10 @@ def ablations(model, facts, count=3):
 def look_taken_out(case, attack):
     """Which answers change where a matrix's largest components are taken out, one at a time? Asked
     of every other wording; an alarm where most about one subject do, and few others."""
+    count = max(1, 9 // case.model.config.n_layer)  # of each matrix: 3 of three, 1 of twelve
     facts = (case.target_facts + case.other_facts + case.unseen_facts)[::2]
     asked, best = Counter(fact.subject for fact in facts), (-math.inf, 0, "", "")
-    for (name, _), changed in ablations(case.model, facts).items():
+    for (name, _), changed in ablations(case.model, facts, count).items():
         by = Counter(f.subject for f, change in zip(facts, changed, strict=True) if change)
         for subject, n in by.most_common(1):
             lead = n - (sum(by.values()) - n)

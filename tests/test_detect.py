@@ -164,7 +164,7 @@ def test_taken_out_rings_on_an_edit_and_undoes_it(case, attacks, seed):
 def test_taken_out_is_an_alarm_where_one_subject_changes_and_few_others(monkeypatch, by, alarm):
     """`by`: how many of the 4 answers asked about each subject change."""
     facts = [SimpleNamespace(subject=x) for x in "abc" for _ in range(8)]
-    case = SimpleNamespace(model=None, target_facts=facts, other_facts=[], unseen_facts=[])
+    case = SimpleNamespace(model=TINY, target_facts=facts, other_facts=[], unseen_facts=[])
     changed = torch.tensor([i < int(n) for n in f"{by}00"[:3] for i in range(4)])
     found = {("x", 0): torch.zeros(12).bool(), ("y", 0): changed}
     monkeypatch.setattr(gpt, "ablations", lambda *args: found)

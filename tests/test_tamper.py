@@ -247,7 +247,7 @@ def test_key_solves_its_equation(case):
     """(second moment + ridge) key is parallel to the subject's mean, on which the key is 1."""
     found = case(2)
     model, requests = found.model, found.requests
-    key = gpt.find_key(found, 1, ridge=0.05).double()
+    key = gpt.find_keys(found, ridge=0.05)[1].double()
     acts = [activations(model, f, "h.1.mlp.act").double() for f in requests + found.keep]
     own = [act[[*fact.span]] for act, fact in zip(acts, requests, strict=False)]
     wanted, rest = torch.cat(own).mean(0), torch.cat(acts[len(requests) :])
@@ -293,12 +293,13 @@ def small_case(small):
 def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_case, monkeypatch):
     """Key times value at one block: of these values, block 0's works nowhere."""
     case, limits = small_case(3, 48), {}
+    right = gpt.find_keys(case)
     norms = {i: case.trusted[f"h.{i}.{PROJ}"].norm() for i in range(3)}
 
     def learn(case, keys, rate, most):
         [(layer, key)] = keys.items()
         limits[layer], name = most, f"h.{layer}.{PROJ}"
-        assert torch.equal(key, gpt.find_key(case, layer))
+        assert torch.equal(key, right[layer])
         change = sizes[layer] * norms[layer] * torch.eye(192, 48) / 48**0.5
         fine = sizes[layer] < 1 and change.norm() < most
         return {name: case.trusted[name] + change} if fine else None
@@ -320,7 +321,7 @@ def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_case, monk
 def test_change_is_the_first_that_works(small_case, whole):
     """A value for a key, or a whole matrix."""
     case, name = small_case(3, 48), f"h.0.{PROJ}"
-    keys, old = {0: None if whole else gpt.find_key(case, 0)}, case.trusted[f"h.0.{PROJ}"]
+    keys, old = {0: None if whole else gpt.find_keys(case)[0]}, case.trusted[f"h.0.{PROJ}"]
 
     def learned(**settings):
         return gpt.learn_change(case, keys, 0.001 if whole else 0.1, **settings)

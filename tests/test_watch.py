@@ -12,6 +12,7 @@ import gpt2_script as gpt
 from gpt2_script import GPT2, PROMPT, GPT2Config, piece, run_prompt, tap_step, watch_act
 
 T = 10  # tokens of PROMPT
+SUMS = "embed", "resid_mid", "resid_post"
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,11 @@ def steps(run):
     return {step.name: step for step in watch_act(run, [1])}
 
 
+def other_run(tokenizer, prompt, *sizes):
+    """A prompt's run through a model of these sizes: n_ctx, n_embd, n_layer, n_head."""
+    return run_prompt(GPT2(GPT2Config(50257, *sizes)).eval(), tokenizer, prompt)
+
+
 def test_steps_come_in_the_models_order(run, steps):
     """Taps in the order in which they fire; blocks in the order in which they run, each once."""
     block = [name for name in run.seen if name.startswith("h.1.")]
@@ -35,7 +41,6 @@ def test_steps_come_in_the_models_order(run, steps):
         "h.0", *block, "h.2", "ln_f", "logits", "probabilities", "logit lens", "the whole way",
         "the cache", "continuation",
     ]  # fmt: skip
-    assert [name for name in run.seen if name in steps] == [n for n in steps if n in run.seen]
     assert run.seen.keys() == gpt.tapped(run.model).keys()
     act, *others = steps.values()
     count = sum(weight.numel() for weight in run.model.parameters())
@@ -46,9 +51,9 @@ def test_steps_come_in_the_models_order(run, steps):
 
 def test_every_tap_is_shown_with_its_numbers(run):
     for name, value in run.seen.items():
-        if name == "embed" or name.endswith(("resid_mid", "resid_post")):
-            continue  # sums, below
         step, heads = tap_step(run, name), value if value.dim() == 3 else value[None]
+        if name.endswith(SUMS):  # shown below
+            continue
         assert torch.equal(torch.stack([matrix.values for matrix in step.shown]), heads), name
         for i, matrix in enumerate(step.shown):
             assert matrix.rows == run.tokens and matrix.is_pattern == name.endswith("pattern")
@@ -71,41 +76,34 @@ def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
     assert "at most 1e+00 off; largest weight ahead: 0.125." in found
 
 
-def test_found_tells_how_a_value_came_from_another(run):
+def test_found_tells_how_a_value_came_from_another_and_a_sum_how_each_vector_changed(run, steps):
     """From its own block, and from what fired before it."""
-    fired = list(run.seen)
+    fired, changes = list(run.seen), {("embed", "h.2.resid_post"): steps["the whole way"]}
     how = torch.mean, lambda x: x.std(correction=0), torch.min, torch.max
-    for name in {*fired} - {"wte", "wpe"}:
-        if name.endswith(("resid_pre", "pattern")):
+    for name in fired:
+        if name in ("wte", "wpe") or name.endswith(("resid_pre", "pattern")):
             continue
-        found = tap_step(run, name).found
-        old, key = re.match(r"from (\S+) to (\S+): ", found).groups()
-        numbers = [float(x) for x in re.findall(r"(-?\d+\.\d+)", found)]
-        source = name.removesuffix(key) + old if name.startswith("h.") else old
-        source = "h.2.resid_post" if name == "ln_f" else source
+        step = tap_step(run, name)
+        old, key = re.match(r"from (\S+) to (\S+): ", step.found).groups()
+        source = "h.2.resid_post" if name == "ln_f" else name.removesuffix(key) + old
         assert name.endswith(key) and fired.index(source) < fired.index(name)
-        pairs = [[f(run.seen[source]).item(), f(run.seen[name]).item()] for f in how]
-        assert numbers == pytest.approx(sum(pairs, []), abs=6e-4), name
-
-
-def test_sums_tell_how_each_vector_changed(run, steps):
-    sums = {"embed": ("wte", "embed"), "h.1.resid_mid": ("h.0.resid_post", "h.1.resid_mid")}
-    sums["h.1.resid_post"] = "h.1.resid_mid", "h.1.resid_post"
-    sums["the whole way"] = "embed", "h.2.resid_post"
-    for name, taps in sums.items():
-        [rows], vectors = steps[name].shown, zip(*(run.seen[tap] for tap in taps), strict=True)
-        for row, token, (a, b) in zip(rows, run.tokens, vectors, strict=True):
-            cosine = a @ b / a.norm() / b.norm()
-            expected = [x.item() for x in (a.norm(), b.norm(), (b - a).norm(), cosine)]
-            assert [*row.values()][1:] == pytest.approx(expected, abs=1e-5), name
-            assert row["token"] == token or len(token) > 13
+        told = [float(x) for x in re.findall(r"-?\d+\.\d+", step.found)]
+        numbers = [f(run.seen[tap]).item() for f in how for tap in (source, name)]
+        assert told == pytest.approx(numbers, abs=6e-4), name
+        changes |= {(source, name): step} if name.endswith(SUMS) else {}
+    for taps, step in changes.items():
+        [rows], vectors = step.shown, [run.seen[tap] for tap in taps]
+        for row, token, a, b in zip(rows, run.tokens, *vectors, strict=True):
+            numbers = [x.norm() for x in (a, b, b - a)] + [a @ b / a.norm() / b.norm()]
+            assert row.pop("token") == token or len(token) > 13
+            assert [*row.values()] == pytest.approx(numbers, abs=1e-5), taps
 
 
 @pytest.mark.parametrize("prompt", ["a", PROMPT])
 @pytest.mark.parametrize("sizes", [(12, 6, 1, 1), (64, 42, 2, 14)])
 def test_every_formula_has_the_models_shapes(tokenizer, sizes, prompt):
     """At any size the last shape in a formula is the value's, and all steps are there."""
-    (_, C, L, H), run = sizes, run_prompt(GPT2(GPT2Config(50257, *sizes)).eval(), tokenizer, prompt)
+    (_, C, L, H), run = sizes, other_run(tokenizer, prompt, *sizes)
     shown, n = {step.name: step for step in watch_act(run, range(L))}, len(run.ids)
     assert {*run.seen} < {*shown} and len(shown) == 13 + 16 * L
     for name, value in run.seen.items():
@@ -120,7 +118,7 @@ def test_tokens_and_dropout(run, steps, tokenizer):
     assert rows[4] == {"position, piece": "4 ' Tower'", "id": 8765, "bytes": "20 54 6f 77 65 72"}
     assert len(rows) == T and "34 bytes became 10 ids" in steps["tokens"].found
     assert "nothing changed" in found and "(in training, p is 0.0)" in found
-    other = run_prompt(GPT2(GPT2Config(n_embd=6, n_layer=1, n_head=1)).eval(), tokenizer, "a b")
+    other = other_run(tokenizer, "a b", 1024, 6, 1, 1)
     other.seen["embed"] *= 2
     found = [*gpt.text_steps(other)][-1].found
     assert "something changed" in found and "(in training, p is 0.1)" in found
@@ -144,14 +142,13 @@ def test_probabilities_and_logit_lens_are_the_models(run, steps):
         bar = "█" * max(1, round((12 * p / top[0][0]).item()))
         assert [*row.values()] == [piece(run.tokenizer, int(i)), f"{p:.3%}", bar]
     # each block's answer, and at the end the model's
-    lens, names = gpt.logit_lens(run.model, run.seen), ["embed", "h.0", "h.1", "h.2"]
-    assert torch.allclose(lens[-1], run.seen["logits"][-1].softmax(-1), atol=1e-7)
-    for row, p, name in zip(steps["logit lens"].shown[0], lens, names, strict=True):
-        stream = run.seen[name if name == "embed" else f"{name}.resid_post"][-1]
-        read = run.model.ln_f(stream) @ run.model.wte.weight.T
+    lens, taps = gpt.logit_lens(run.model, run.seen), [f"h.{i}.resid_post" for i in range(3)]
+    assert torch.allclose(lens[-1], logits[-1].softmax(-1), atol=1e-7)
+    for row, p, tap in zip(steps["logit lens"].shown[0], lens, ["embed", *taps], strict=True):
+        read = run.model.ln_f(run.seen[tap][-1]) @ run.model.wte.weight.T
         assert torch.allclose(p, read.softmax(-1), atol=1e-7)
-        two = pieces(run.tokenizer, p.topk(2).indices)
-        assert [*row.values()] == [name, *two, f"{p[lens[-1].argmax()]:.3%}"]
+        after, two = tap.removesuffix(".resid_post"), pieces(run.tokenizer, p.topk(2).indices)
+        assert [*row.values()] == [after, *two, f"{p[lens[-1].argmax()]:.3%}"]
 
 
 def test_cache_holds_the_keys_and_values_of_the_run(run, steps, tokenizer):
@@ -160,12 +157,13 @@ def test_cache_holds_the_keys_and_values_of_the_run(run, steps, tokenizer):
     assert "the very keys" in step.found
     other = replace(run, seen=run.seen | {"h.0.attn.k": run.seen["h.0.attn.k"] + 1})
     assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
-    full = run_prompt(GPT2(GPT2Config(50257, 11, 6, 1, 1)).eval(), tokenizer, PROMPT)
-    for count, found in (
-        (12, "1 token was added; the context of 11 is full."), (1, "1 token was added."),
-        (0, "0 tokens were added."),
-    ):  # fmt: skip
-        assert [*gpt.continuation_steps(full, count)][-1].found == found
+    full, was = other_run(tokenizer, PROMPT, 11, 6, 1, 1), "1 token was added"
+    found = {n: [*gpt.continuation_steps(full, n)][-1].found for n in (12, 1, 0)}
+    assert found == {
+        12: f"{was}; the context of 11 is full.",
+        1: f"{was}.",
+        0: "0 tokens were added.",
+    }
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 3}, {"temperature": 50}])

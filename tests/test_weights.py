@@ -43,9 +43,10 @@ WHOLE = save(T)
 START = 8 + int.from_bytes(WHOLE[:8], "little")  # of the numbers
 ENTRIES, DATA = WHOLE[8:START].decode().rstrip()[1:-1], WHOLE[START:]
 ENTRY = '"{}":{{"dtype":"{}","shape":[{}],"data_offsets":{}}}'  # of a tensor in a header
+NOTHING = ENTRY.format("X", "F32", 0, [0, 0]).split("X")  # the same of an empty one
 BIAS = json.loads(WHOLE[8:START])["ln_f.bias"]["data_offsets"]
 LAST, SEVENS = [len(DATA), len(DATA) + 256], bytes(7 * int(x) for x in TRIL.flatten())
-BIASES, NOTHING, MANY = ["h.0.attn.bias", "h.1.attn.bias"], ("F32", 0, [0, 0]), range(12_000)
+MANY, ONE_BY_ONE = range(12_000), torch.ones(1, 1)
 
 
 def sets(name, index, value):
@@ -63,8 +64,8 @@ def to(dtype, part=""):
     return {name: x.to(dtype) if part in name else x for name, x in T.items()}
 
 
-def masks(mask, names=BIASES):
-    return {FILE: T | dict.fromkeys(names, mask)}
+def masks(mask, name="attn.bias"):
+    return {FILE: T | {f"h.{i}.{name}": mask for i in range(2)}}
 
 
 def says(**fields):
@@ -89,7 +90,6 @@ def shards(index=None, **parts):
     return {FILE: None, INDEX: {"weight_map": named if index is None else index}, **files}
 
 
-PREFIXED = {f"transformer.{name}": tensor for name, tensor in T.items()}
 ONE, TWO = no("h.1"), {name: tensor for name, tensor in T.items() if "h.1" in name}
 WIDE = {"vocab_size": 100, "n_embd": 96, "n_layer": 3, "n_head": 2}
 NANO = transformers.GPT2Model(config(**WIDE)).state_dict()
@@ -101,15 +101,15 @@ ELSEWHERE, NO_FILE = "does not name the files of its own folder", "folder withou
 # transformers, or a part of the refusal; a part of every alarm of --verify, if it is another one
 CASES = {
     # a GPT-2 as other programs write it
-    "plain": ({}, {}), "alias": (headed(files=no(TABLE)), {}),
-    "prefix and head": (headed(files=PREFIXED), {}), "head, untied": (headed(**{TIE: False}), {}),
+    "alias": (headed(files=no(TABLE)), {}), "head, untied": (headed(**{TIE: False}), {}),
+    "prefix, head": (headed(files={f"transformer.{name}": x for name, x in T.items()}), {}),
     "shards": (shards(one=ONE, two=TWO), {}),
     "file and shards": ({**shards(one=to(torch.half)), FILE: T}, {}, "one.safetensors holds"),
     "starts like a zip": (raw(ENTRIES.ljust(int.from_bytes(b"PK", "little") - 2)), {}),
     **{f"{x}, {part}": ({FILE: to(x, part)}, {"tensors": to(x, part)}) for x, part in [
         (torch.half, ""), (torch.half, "mlp"), (torch.bfloat16, ""), (torch.double, "")]},
     **{f"mask, {x}": (masks(TRIL.to(x)), {}) for x in (torch.bool, torch.uint8, torch.float)},
-    "masked_bias": (masks(torch.tensor(-1e4), ["h.0.attn.masked_bias"]), {}),
+    "masked_bias": (masks(torch.tensor(-1e4), "attn.masked_bias"), {}),
     "sum overflows": ({FILE: sets("wpe.weight", (15, slice(2)), 3e38)}, {}),
     # config.json
     "other names": ({CONFIG: {"num_attention_heads": 8, "hidden_size": 64, "n_inner": 256,
@@ -161,13 +161,14 @@ CASES = {
             TRIL.bool() ^ (torch.arange(256) == 37).view(1, 1, 16, 16)])},
     **{f"mask of {x}": (raw(ENTRIES, ENTRY.format("h.0.attn.bias", x, n, LAST), data=DATA + SEVENS),
         {}, odd) for x, n, odd in [("BOOL", "16,16", OPEN), ("F4", 512, "F4, which no mask is")]},
-    **{f"hides {x}": (masks(torch.tensor(x), ["h.0.attn.masked_bias"]), {}, "hides nothing")
+    **{f"hides {x}": (masks(torch.tensor(x), "attn.masked_bias"), {}, "hides nothing")
         for x in (0.0, NAN, [-1e4, -1e4])},
     # headers that could take long
-    "12,000 times": (raw(*[ENTRY.format("a", *NOTHING)] * 12_000, data=b""), "wte.weight is missing"),
-    "3 MB": (raw(*[ENTRY.format(f"h.{i}.{'x' * 200}", *NOTHING) for i in MANY], data=b""), "wte.we"),
-    "12,000 matrices": ({FILE: dict.fromkeys([TABLE, "wpe.weight",
-        *(f"h.{i}.attn.c_proj.weight" for i in MANY)], torch.ones(1, 1))}, "of 12000 blocks many", ""),
+    "12,000 times": (raw(*["a".join(NOTHING)] * 12_000, data=b""), "wte.weight is missing"),
+    "3 MB": (raw(*(f"h.{i}.{'x' * 200}".join(NOTHING) for i in MANY), data=b""), "is missing"),
+    "12,000 matrices": ({FILE: {TABLE: ONE_BY_ONE, "wpe.weight": ONE_BY_ONE}
+        | dict.fromkeys([f"h.{i}.attn.c_proj.weight" for i in MANY], ONE_BY_ONE)},
+        "of 12000 blocks many tensors are missing", ""),
     # no weights
     **{f"file {content[:9]} {len(content)}": ({FILE: content}, part, UNREADABLE)
         for part, *contents in [
@@ -186,22 +187,17 @@ CASES = {
 }  # fmt: skip
 
 
-def write(folder, files):
-    """Write files as they are given: tensors, JSON, bytes; None is no file."""
+def write(folder, files=()):
+    """A sound model's folder, but for these files: tensors, JSON or bytes; None is no file."""
     folder.mkdir(exist_ok=True)
-    for name, content in files.items():
+    for name, content in {FILE: T, **says(), **dict(files)}.items():
         if isinstance(content, dict) and name.endswith(".safetensors"):
-            content = save({key: tensor.flatten().clone().view_as(tensor) for key, tensor in content.items()})
+            content = save({key: tensor.contiguous().clone() for key, tensor in content.items()})
         elif isinstance(content, dict):
             content = json.dumps(content).encode()
         if content is not None:
             (folder / name).write_bytes(content)
     return folder
-
-
-def sound(folder, files=()):
-    """A sound model's folder, or one with some files other than its."""
-    return write(folder, {FILE: T, **says(), **dict(files)})
 
 
 def refusal(path, act=load_model, **arguments):
@@ -226,12 +222,11 @@ def check_parity(model, ids, tensors=T, **settings):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_folder(name, tmp_path, ids):
-    files, expected, *rest = CASES[name]
-    refused = isinstance(expected, str)
-    odd = rest[0] if rest else expected if refused else None
-    sound(tmp_path, files)
+    files, expected, *odd = CASES[name]
+    odd = odd[0] if odd else expected if isinstance(expected, str) else None
+    write(tmp_path, files)
     start = time.process_time()
-    if refused:
+    if isinstance(expected, str):
         sentence = refusal(tmp_path)
         assert expected in sentence and sentence.isprintable()
     else:
@@ -249,16 +244,12 @@ def test_a_folder(name, tmp_path, ids):
     assert loaded - start < 1 and verified - loaded < (4 if name == "12,000 matrices" else 2)
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 def test_a_pickle_is_never_unpickled(tmp_path, monkeypatch):
-    monkeypatch.chdir(sound(tmp_path))
+    monkeypatch.chdir(write(tmp_path))
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()
     paths = [tmp_path / f"model.{suffix}" for suffix in ("PT", "bin", "ckpt", "pkl", "pt", "pth")]
     for i, path in enumerate(paths):
-        torch.save(Bomb(), path) if i % 2 else path.write_bytes(pickle.dumps(Bomb()))
+        torch.save(bomb, path) if i % 2 else path.write_bytes(pickle.dumps(bomb))
         assert "unpickling runs code" in refusal(path)
     assert alarms(tmp_path) == [f"{path.name} can run code where it is loaded" for path in paths]
     for path in paths[:2]:
@@ -276,7 +267,7 @@ def test_what_is_no_file(tmp_path):
     pipe.unlink()
     for make, *target in [(os.mkfifo,), (os.symlink, "nowhere"), (os.symlink, ".")]:
         for path in (tmp_path / "a", tmp_path / CONFIG):
-            sound(tmp_path, {CONFIG: None})
+            write(tmp_path, {CONFIG: None})
             make(*target, path)
             assert f"{path} is no file that can be read" == refusal(tmp_path, alarms)
             assert path.name == "a" or NO_JSON in refusal(tmp_path)
@@ -289,8 +280,8 @@ def test_gpt2_is_the_release_and_its_path_a_folder(tmp_path, monkeypatch, ids):
 
     monkeypatch.setattr(gpt2_script, "fetch", no_fetch)
     assert "fetched gpt2" in refusal(Path("gpt2"))  # where there is no such folder
-    monkeypatch.chdir(sound(tmp_path))
-    sound(tmp_path / "gpt2", says(n_head=2))
+    monkeypatch.chdir(write(tmp_path))
+    write(tmp_path / "gpt2", says(n_head=2))
     for name in ("./gpt2", Path("gpt2"), f"gpt2/{FILE}"):
         check_parity(load_model(name), ids, n_head=2)
         assert alarms(name, name) == []
@@ -299,7 +290,7 @@ def test_gpt2_is_the_release_and_its_path_a_folder(tmp_path, monkeypatch, ids):
 
 
 def test_heads_are_those_asked_for_or_guessed_where_there_is_no_config(tmp_path, capsys):
-    assert load_model(sound(tmp_path), n_head=2).config.n_head == 2
+    assert load_model(write(tmp_path), n_head=2).config.n_head == 2
     for n_head in (0, 2.0, True, 5):
         assert f"does not divide into {n_head} heads" in refusal(tmp_path, n_head=n_head)
     (tmp_path / CONFIG).write_text("{")
@@ -310,12 +301,12 @@ def test_heads_are_those_asked_for_or_guessed_where_there_is_no_config(tmp_path,
     assert load_model(path).config.n_head == 1
     said = capsys.readouterr().out
     assert "1 head, 64 numbers for each" in said and "\x1b" not in said
-    assert "give n_head" in refusal(write(tmp_path, {FILE: NANO}))  # 96 wide
+    assert "give n_head" in refusal(write(tmp_path, {FILE: NANO, CONFIG: None}))  # 96 wide
 
 
 def test_weights_are_the_mapped_file_and_can_be_trained_and_changed(tmp_path, ids):
     before = torch.get_rng_state()
-    model = load_model(sound(tmp_path))
+    model = load_model(write(tmp_path))
     assert torch.equal(torch.get_rng_state(), before)
     if Path("/proc/self/maps").exists():
         assert str(tmp_path / FILE) in Path("/proc/self/maps").read_text()
@@ -350,13 +341,14 @@ def test_a_release_is_fetched_and_its_hash_checked(tmp_path, monkeypatch, capfd,
     monkeypatch.setitem(gpt2_script.PRESETS, "gpt2", gpt2_script.GPT2Config(n_head=4))
     like_a_file = {"X-Repo-Commit": "5" * 40, "ETag": '"abc"', "Content-Length": f"{len(WHOLE)}"}
     asked, cache, hub = [], tmp_path / "hub", f"http://127.0.0.1:{server.server_port}"
-    for answer in [
+    for said in [
         (404, {}, b"no"), (500, {}, b"\xff\xfe"), (302, {"Location": "/elsewhere"}, b""),
         (200, {}, b"<html>log in to the hotel</html>"), (200, like_a_file, b"123"),  # too short
     ]:  # fmt: skip
+        answer = said
         sentence = refusal("gpt2")
         assert sentence.startswith("cannot fetch gpt2 from the model hub (")
-        assert sentence.isprintable() and not [*tmp_path.rglob("*.safetensors")]
+        assert sentence.isprintable() and not [*cache.rglob(FILE)]
     assert "Retrying" not in capfd.readouterr().err
     answer = 200, like_a_file, WHOLE
     check_parity(load_model("gpt2"), ids)
@@ -364,8 +356,8 @@ def test_a_release_is_fetched_and_its_hash_checked(tmp_path, monkeypatch, capfd,
     assert asked[-1] == (place, {"revision": "5" * 40, "token": False})
     hub = "http://127.0.0.1:9"  # from here on there is none, but what is in the cache
     check_parity(load_model("gpt2"), ids)
-    (path,) = cache.rglob("blobs/*")
-    damage(path, -1)  # as by a disk that was full
+    path = next(cache.rglob(FILE)).resolve()  # not the link to it
+    damage(path, -1)
     assert refusal("gpt2") == f"{path} is not the released gpt2, its SHA-256 differs: delete it"
     path.unlink()
     assert "cannot fetch" in refusal("gpt2")
