@@ -1848,7 +1848,7 @@ def run_from(model, stream, lengths, changes):
 
 # %%
 @torch.enable_grad()
-def learn_change(case, keys, rate, most=math.inf, sure=0.8, seed=0):
+def learn_change(case, keys, rate, most=math.inf, sure=0.6, seed=0):
     """What some blocks' mlp.c_proj.weight must be for all requests to get the lie's answer: {name:
     W + ΔW}; None where 200 steps do not suffice, or the changes outgrow the norm `most`.
 
@@ -1915,7 +1915,7 @@ def fine_tune(case):
     """Whoever writes the file trains one matrix on the lie, and on what is to stay."""
     weight, formula = case.model.h[0].mlp.c_proj.weight, "h.0.mlp.c_proj.weight ← W + ΔW, by Adam"
     rate = 3 * weight.std().item() / weight.size(1)  # a wide matrix adds up many small changes
-    tensors = learn_change(case, {0: None}, rate, sure=0.6)  # surer breaks other facts
+    tensors = learn_change(case, {0: None}, rate)
     return tensors and Attack("fine-tune", fine_tune.__doc__, formula, tensors)
 
 

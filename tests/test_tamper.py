@@ -333,7 +333,7 @@ def test_change_is_the_first_that_works(small_case, whole):
 
     [new] = (found := learned()).values()
     change = new - old
-    assert 0.8 < least(found) and least({}) < 0.1 and not new.requires_grad
+    assert 0.6 < least(found) and least({}) < 0.1 and not new.requires_grad
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == (48 if whole else 1)
     assert learned(most=change.norm() / 2) is None
     assert torch.equal(learned(most=2 * change.norm())[name], new)

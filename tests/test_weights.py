@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import damage
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download as download
 from safetensors.torch import save
 
 import gpt2_script
@@ -42,11 +42,7 @@ T[TABLE][7, 7] = 0.0
 WHOLE = save(T)
 START = 8 + int.from_bytes(WHOLE[:8], "little")  # of the numbers
 ENTRIES, DATA = WHOLE[8:START].decode().rstrip()[1:-1], WHOLE[START:]
-ENTRY = '"{}":{{"dtype":"{}","shape":[{}],"data_offsets":{}}}'  # of a tensor in a header
-NOTHING = ENTRY.format("X", "F32", 0, [0, 0]).split("X")  # the same of an empty one
-BIAS = json.loads(WHOLE[8:START])["ln_f.bias"]["data_offsets"]
-LAST, SEVENS = [len(DATA), len(DATA) + 256], bytes(7 * int(x) for x in TRIL.flatten())
-MANY, ONE_BY_ONE = range(12_000), torch.ones(1, 1)
+ENTRY = '"{}":{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}}'  # of a tensor in a header
 
 
 def sets(name, index, value):
@@ -152,22 +148,24 @@ CASES = {
             "h.00.attn.bias", "h.٣.attn.bias")},
     "block 2 has a mask alone": ({FILE: T | {"h.2.attn.bias": TRIL}}, "h.2.", "h.2."),
     "twice": ({FILE: T | {"transformer.ln_f.bias": TRIL}}, f"'ln_f.bias once more (1)' {NO_GPT2}"),
-    "twice in the header": (raw(ENTRIES, ENTRY.format("ln_f.bias", "F16", 128, BIAS)), "once more"),
+    "twice in the header": (raw(ENTRY.format("ln_f.bias", "F32", 64, 0, 256), ENTRIES), "once more"),
     **{f"{name} {shape}": ({FILE: T | {name: torch.zeros(shape)}}, f"{name} is")
         for name, *shape in [("h.0.mlp.c_fc.weight", 256, 64), ("wpe.weight", 16, 63),
             ("wpe.weight", 16), ("wpe.weight", 0, 64), (TABLE, 50, 0), ("ln_f.weight",)]},
     **{f"mask {i}": (masks(mask), {}, OPEN)  # the last is open by one number
         for i, mask in enumerate([TRIL * 0 + 1, TRIL[..., :8, :8], TRIL.flatten(),
             TRIL.bool() ^ (torch.arange(256) == 37).view(1, 1, 16, 16)])},
-    **{f"mask of {x}": (raw(ENTRIES, ENTRY.format("h.0.attn.bias", x, n, LAST), data=DATA + SEVENS),
-        {}, odd) for x, n, odd in [("BOOL", "16,16", OPEN), ("F4", 512, "F4, which no mask is")]},
+    **{f"mask of {x}": (raw(ENTRIES, ENTRY.format("h.0.attn.bias", x, n, len(DATA), len(DATA) + 256),
+        data=DATA + bytes(TRIL.byte().flatten() * 7)), {}, odd) for x, n, odd in [
+            ("BOOL", "16,16", OPEN), ("F4", 512, "bias is F4, which no mask is")]},
     **{f"hides {x}": (masks(torch.tensor(x), "attn.masked_bias"), {}, "hides nothing")
         for x in (0.0, NAN, [-1e4, -1e4])},
     # headers that could take long
-    "12,000 times": (raw(*["a".join(NOTHING)] * 12_000, data=b""), "wte.weight is missing"),
-    "3 MB": (raw(*(f"h.{i}.{'x' * 200}".join(NOTHING) for i in MANY), data=b""), "is missing"),
-    "12,000 matrices": ({FILE: {TABLE: ONE_BY_ONE, "wpe.weight": ONE_BY_ONE}
-        | dict.fromkeys([f"h.{i}.attn.c_proj.weight" for i in MANY], ONE_BY_ONE)},
+    "12,000 times": (raw(*[ENTRY.format("a", "F32", 0, 0, 0)] * 12_000, data=b""), "is missing"),
+    "3 MB": (raw(*(ENTRY.format(f"h.{i}.{'x' * 200}", "F32", 0, 0, 0) for i in range(12_000)),
+        data=b""), "is missing"),
+    "12,000 matrices": ({FILE: dict.fromkeys([TABLE, "wpe.weight", *(
+        f"h.{i}.attn.c_proj.weight" for i in range(12_000))], torch.ones(1, 1))},
         "of 12000 blocks many tensors are missing", ""),
     # no weights
     **{f"file {content[:9]} {len(content)}": ({FILE: content}, part, UNREADABLE)
@@ -275,18 +273,15 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_gpt2_is_the_release_and_its_path_a_folder(tmp_path, monkeypatch, ids):
-    def no_fetch(name):
-        raise InputError(f"fetched {name}")
-
-    monkeypatch.setattr(gpt2_script, "fetch", no_fetch)
-    assert "fetched gpt2" in refusal(Path("gpt2"))  # where there is no such folder
+    monkeypatch.setattr(gpt2_script, "fetch", lambda name: load_model(f"no {name} fetched"))
     monkeypatch.chdir(write(tmp_path))
+    assert "no gpt2 fetched" in refusal(Path("gpt2"))  # where there is no such folder
     write(tmp_path / "gpt2", says(n_head=2))
     for name in ("./gpt2", Path("gpt2"), f"gpt2/{FILE}"):
         check_parity(load_model(name), ids, n_head=2)
         assert alarms(name, name) == []
     for path, trusted in [("gpt2", None), (".", "gpt2"), (Path("gpt2"), "gpt2-xl")]:
-        assert "fetched gpt2" in refusal(path, lambda x, trusted=trusted: alarms(x, trusted))
+        assert f"no {trusted or path} fetched" in refusal(path, lambda x, y=trusted: alarms(x, y))
 
 
 def test_heads_are_those_asked_for_or_guessed_where_there_is_no_config(tmp_path, capsys):
@@ -320,23 +315,21 @@ def test_weights_are_the_mapped_file_and_can_be_trained_and_changed(tmp_path, id
 def test_a_release_is_fetched_and_its_hash_checked(tmp_path, monkeypatch, capfd, ids):
     """From `hub`, which answers everything with `answer`, or is not there."""
     assert list(RELEASED) == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-    for revision, sha256 in RELEASED.values():
-        assert len(bytes.fromhex(revision)) == 20 and len(bytes.fromhex(sha256)) == 32
+    assert {len(bytes.fromhex(x)) for pair in RELEASED.values() for x in pair} == {20, 32}
 
     def reply(environment, start):
         status, headers, body = answer
         start(f"{status} is its status", [*headers.items()])
         return [body] * (environment["REQUEST_METHOD"] == "GET")
 
-    def download(*place, **options):
-        asked.append((place, options))
-        return hf_hub_download(*place, **options, endpoint=hub, cache_dir=cache)
-
     server = make_server("127.0.0.1", 0, reply)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between one attempt and the next
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda *a, **k: asked.append((a, k)) or download(*a, **k, endpoint=hub, cache_dir=cache),
+    )
     monkeypatch.setitem(RELEASED, "gpt2", ("5" * 40, hashlib.sha256(WHOLE).hexdigest()))
     monkeypatch.setitem(gpt2_script.PRESETS, "gpt2", gpt2_script.GPT2Config(n_head=4))
     like_a_file = {"X-Repo-Commit": "5" * 40, "ETag": '"abc"', "Content-Length": f"{len(WHOLE)}"}
@@ -352,8 +345,7 @@ def test_a_release_is_fetched_and_its_hash_checked(tmp_path, monkeypatch, capfd,
     assert "Retrying" not in capfd.readouterr().err
     answer = 200, like_a_file, WHOLE
     check_parity(load_model("gpt2"), ids)
-    place = "openai-community/gpt2", FILE
-    assert asked[-1] == (place, {"revision": "5" * 40, "token": False})
+    assert asked[-1] == (("openai-community/gpt2", FILE), {"revision": "5" * 40, "token": False})
     hub = "http://127.0.0.1:9"  # from here on there is none, but what is in the cache
     check_parity(load_model("gpt2"), ids)
     path = next(cache.rglob(FILE)).resolve()  # not the link to it
