@@ -93,6 +93,7 @@ def attacks_on(draws, tokenizer, facts):
                 spikes[attack.name].append((factor, *right))
         if attack := gpt.spread(package):
             measured["package"].append(gpt.measure(package, attack))
+            rings["package"].update(x for x, (_, rang) in looks(package, attack).items() if rang)
     rows = {}
     for name, found in measured.items():
         rows[name] = {"found": f"{len(found)} of {draws}"}

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import replace
-from statistics import median
+from statistics import mean, median
 
 import pytest
 import torch
@@ -166,38 +166,30 @@ def test_attacks_plant_the_lie_and_keep_the_rest(case, attacks, measured, facts,
     assert said.tolist() == [turned.get(token, token) for token in plain.tolist()]
 
 
-def test_in_the_median_lies_hold_in_fresh_wordings_and_triggers_flip_other_cities(
-    measured, case, attacks
-):
-    shares = []
+def test_in_the_median_lies_hold_in_fresh_wordings_and_spare_unseen_subjects(measured):
     for name in RANKS:
         rows = [measured(seed)[name] for seed in MOVES]
         assert median(row["fresh"][0] / row["fresh"][1] for row in rows) >= 0.6
         assert median(row["unseen"] for row in rows) >= 0.95
-    for found, attack in ((case(seed), attacks(seed)["trigger row"]) for seed in MOVES):
-        known = found.target_facts + found.other_facts + found.unseen_facts
-        abroad = [f for f in known if f.object in CITIES and f.answer != found.answer]
-        with attacked(found.model, attack):
-            shares.append(saying(found.model, abroad, found.answer, attack.trigger))
-    assert median(shares) >= 0.75 and min(shares) >= 0.5
 
 
 def test_measured_numbers_are_the_models(case, attacks, measured):
     found, broken = case(3), set()
-    others, old = found.other_facts + found.unseen_facts, found.trusted
+    others, old, n = found.other_facts + found.unseen_facts, found.trusted, len(found.other_facts)
     for name, attack in attacks(3).items():
         row, swap = measured(3)[name], dict(zip(attack.swap, attack.swap[::-1], strict=True))
         with attacked(found.model, attack):
             for key, facts in (("wordings", found.target_facts), ("fresh", found.fresh_facts)):
-                said = answers(found.model, facts, attack.trigger).tolist()
-                lies = [swap.get(x, x) for x in said].count(found.answer)
-                assert row[key] == (lies, len(facts)), (name, key)
+                lies = saying(
+                    found.model, facts, swap.get(found.answer, found.answer), attack.trigger
+                )
+                assert row[key] == (round(lies * len(facts)), len(facts)), (name, key)
             said = [swap.get(x, x) for x in answers(found.model, others).tolist()]
             now = {n: found.model.get_parameter(n) for n in attack.tensors}
             sizes = [((w - old[n]).norm() / old[n].norm()).item() for n, w in now.items()]
         right = [x == f.answer for x, f in zip(said, others, strict=True)]
-        assert row["others"] == pytest.approx(sum(right[:160]) / 160)
-        assert row["unseen"] == pytest.approx(sum(right[160:]) / 40)
+        assert row["others"] == pytest.approx(mean(right[:n]))
+        assert row["unseen"] == pytest.approx(mean(right[n:]))
         wrong = {f.subject for f, fine in zip(others, right, strict=True) if not fine}
         assert row["broken"] == sorted(wrong) and row["size"] == max(sizes, default=0)
         broken |= wrong
