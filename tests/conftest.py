@@ -67,9 +67,9 @@ def drawn(model):
     return model.eval()
 
 
-def pair(config, attention="eager", dtype=torch.float32):
+def pair(config, dtype=torch.float32):
     """Our GPT-2 and transformers', drawn, with the same weights in one memory."""
-    sizes = asdict(config) | {"n_positions": config.n_ctx, "attn_implementation": attention}
+    sizes = asdict(config) | {"n_positions": config.n_ctx, "attn_implementation": "eager"}
     sizes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     sizes |= {"bos_token_id": None, "eos_token_id": None}
     theirs = drawn(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(dtype))

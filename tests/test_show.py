@@ -14,62 +14,90 @@ TOKENS = [f"{i} ' t{i}'" for i in range(12)]
 SCORES = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
 PATTERN = SCORES.masked_fill(torch.ones(12, 12).triu(1) > 0, -torch.inf).softmax(-1)
 MAP = Matrix(PATTERN, TOKENS, TOKENS, "head 0 of 4", is_pattern=True)
+NUMBERS = torch.arange(1152.0).view(12, 96)
+HEADS = [Matrix(NUMBERS + 5000 * i, TOKENS, (), f"head {i}") for i in range(3)]
 
 
 @pytest.fixture
 def printed(monkeypatch):
-    """A function: what `show` prints of a record, or of a table's rows, on a console so wide."""
+    """A function: what `show` prints of a record, or of what a Step shows, on such a console."""
 
     def render(record, full=False, width=80, **settings):
         console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, **settings)
         monkeypatch.setattr(gpt, "console", console)
-        gpt.show(record if isinstance(record, Step | Progress) else Step("", "", "", record), full)
+        gpt.show(Step("", "", "", record) if isinstance(record, list) else record, full)
         return console.file.getvalue()
 
     return render
 
 
+SHOWN = [  # a record, the console's width, what is printed
+    (Step("a name", "its\n    purpose", "a formula", ["a text"], "found", ["bad", "too"]), 12,
+        "a name ─────\nits purpose\na formula\na text\nOdd: bad\nOdd: too\n→ found\n\n"),
+    (Step("a", "b"), 9, "a ───────\nb\n\n"), (Act("An act", "text"), 12, "── An act ──\ntext\n\n"),
+    (Progress(0.5, "step 10"), 80, "step 10 ██████████──────────\n"), (Progress(0.5), 80, ""),
+    (Step("numbers", "at the right", shown=[[{"who": "a", "x": 1.25, "said": "' Paris'"},
+        {"who": "bcd", "x": -100, "said": "' A'"}]]), 20, """\
+numbers ────────────
+at the right
+who     x said
+a   1.250 ' Paris'
+bcd  -100 ' A'
+
+"""),
+    (Step("two columns", "lose nothing", shown=[[{"model": "h.*.mlp.c_proj.weight, each with an "
+        "edit of its own", "": "ALARM: 8 of 8 about the Eiffel Tower, 0 elsewhere"}]]), 60, """\
+two columns ────────────────────────────────────────────────
+lose nothing
+model
+h.*.mlp.c_proj.weight, each   ALARM: 8 of 8 about the
+with an edit of its own       Eiffel Tower, 0 elsewhere
+
+"""),
+    (Step("a corner", "of one head", shown=HEADS), 60, """\
+a corner ───────────────────────────────────────────────────
+of one head
+head 0           0        1        2 ...       95
+0 ' t0'      0.000    1.000    2.000 ...   95.000
+1 ' t1'     96.000   97.000   98.000 ...  191.000
+2 ' t2'    192.000  193.000  194.000 ...  287.000
+3 ' t3'    288.000  289.000  290.000 ...  383.000
+...            ...      ...      ... ...      ...
+11 ' t11' 1056.000 1057.000 1058.000 ... 1151.000
+
+"""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, width, text", SHOWN)
+def test_record_is_shown_with_all_that_it_says(printed, record, width, text):
+    assert re.sub(" +$", "", printed(record, width=width), flags=re.MULTILINE) == text
+
+
+def test_on_a_terminal_progress_is_a_bar_and_full_shows_every_number(printed):
+    assert printed(Progress(0.25), force_terminal=True) == " " + "█" * 5 + "─" * 15 + "\r"
+    everything = printed(HEADS, full=True).split()
+    assert {f"{x:.3f}" for head in HEADS for x in head.values.flatten()} < {*everything}
+    assert "..." not in everything
+
+
 @pytest.mark.parametrize("width, count", [(30, 3), (40, 3), (55, 2), (60, 1)])
 def test_wide_table_comes_in_parts_and_loses_nothing(printed, width, count):
-    names = ["a name", "norm before", "norm after", "what was added", "cosine", "last"]
-    rows = [[f"row {i}", *(10.0 * i + j for j in range(1, 6))] for i in range(3)]
-    table = [dict(zip(names, row, strict=True)) for row in rows]
+    rows = [["a name", "norm before", "norm after", "what was added", "cosine", "last"]]
+    rows += [[f"row {i}", *(f"{10 * i + j}.000" for j in range(1, 6))] for i in range(3)]
+    cells = [[row[0], *map(float, row[1:])] for row in rows[1:]]
+    table = [dict(zip(rows[0], row, strict=True)) for row in cells]
     lines = printed([table], width=width).splitlines()[2:-1]
     assert max(map(len, lines)) <= width and len(lines) == 4 * count
-    headings = "".join(line.removeprefix("a name") for line in lines[::4])
-    assert " ".join(headings.split()) == " ".join(names[1:])
-    for i, row in enumerate(rows):
-        parts = lines[i + 1 :: 4]
-        assert all(part.startswith(f"row {i} ") for part in parts)
-        assert " ".join(part[5:] for part in parts).split() == [f"{x:.3f}" for x in row[1:]]
-
-
-def test_numbers_stand_at_the_right_and_words_at_the_left(printed):
-    rows = [{"who": "a", "x": 1.25, "said": "' Paris'"}, {"who": "bcd", "x": -100, "said": "' A'"}]
-    lines = [line.rstrip() for line in printed([rows]).splitlines()]
-    assert lines[2:5] == ["who     x said", "a   1.250 ' Paris'", "bcd  -100 ' A'"]
-
-
-def test_corner_holds_the_first_numbers_and_the_last(printed):
-    values = torch.arange(12 * 96.0).view(12, 96)
-    heads = [Matrix(values + 5000 * i, TOKENS, (), f"head {i}") for i in range(3)]
-    lines = printed(heads, width=60).splitlines()[2:]
-    assert lines[0].split() == ["head", "0", "0", "1", "2", "...", "95"]
-    shown = {0: TOKENS[0], 1: TOKENS[1], 2: TOKENS[2], 3: TOKENS[3], None: "...", 11: TOKENS[11]}
-    for line, (i, name) in zip(lines[1:7], shown.items(), strict=True):
-        numbers = [f"{values[i, j]:.3f}" if i is not None else "..." for j in (0, 1, 2, 95)]
-        assert line.startswith(f"{name} ")
-        assert line.removeprefix(name).split() == [*numbers[:3], "...", numbers[3]]
-    assert lines[7:] == [""]  # one head of several; with full, all of each
-    everything = printed(heads, full=True).split()
-    assert {f"{x:.3f}" for head in heads for x in head.values.flatten()} < {*everything}
-    assert "..." not in everything
+    for i, (first, *others) in enumerate(rows):
+        assert all(part.startswith(f"{first} ") for part in lines[i::4])
+        shown = " ".join(part.removeprefix(first) for part in lines[i::4])
+        assert shown.split() == " ".join(others).split()
 
 
 def test_heat_map_tells_percents_and_dots_where_nobody_may_look(printed):
     text = printed([MAP])
-    lines = text.splitlines()[4:14]  # ten tokens; with full, all that fit
-    for i, line in enumerate(lines):
+    for i, line in enumerate(text.splitlines()[4:14]):  # ten tokens; with full, all that fit
         percents = [f"{100 * p:.0f}" for p in PATTERN[i, : i + 1]]
         assert line.removeprefix(TOKENS[i]).split() == [*percents, *"·" * (9 - i)]
     assert "head 0 of 4" in text and text.count("·") == 45
@@ -80,31 +108,10 @@ def test_heat_map_reads_without_colour_as_with_it(printed):
     piped, bright = printed([MAP, MAP]), {"force_terminal": True, "color_system": "truecolor"}
     grey, bright = printed([MAP, MAP], no_color=True, **bright), printed([MAP, MAP], **bright)
     few = printed([MAP, MAP], force_terminal=True, color_system="standard")
-    assert "\x1b" not in piped and "48;2" not in grey and "48;2" not in few
+    assert "\x1b" not in piped and "48;2" not in grey + few
     assert {re.sub(r"\x1b\[[\d;]*m", "", text) for text in (bright, grey, few)} == {piped}
     for p in PATTERN[3, :4].tolist():  # the more, the darker the blue
         assert re.search(rf"48;2;\d+;\d+;{255 - 90 * p:.0f}m *{100 * p:.0f}", bright)
-
-
-def test_no_table_of_two_columns_cuts_its_text(printed):
-    rows = {"h.*.mlp.c_proj.weight, of every block, and what else is changed": "yes"}
-    rows |= {"a name": "the Great Ormond Street Hospital, the Arc de Triomphe, the Arbat"}
-    for row in rows.items():
-        text = " ".join(printed([[dict(zip("ab", row, strict=True))]]).split())
-        assert all(cell in text for cell in row)
-
-
-def test_record_is_shown_with_all_that_it_says(printed):
-    parts, shown = ["a name", "a purpose", "a formula"], [[{"a table": "x", "y": 1}], "a text"]
-    text = printed(Step(*parts, shown, "a finding", ["bad news"]))
-    assert all(part in text for part in [*parts, "a table", "a text"])
-    assert text.endswith("\nOdd: bad news\n→ a finding\n\n")
-    assert "→" not in printed(Step("a", "b")) and "Odd" not in printed(Step("a", "b"))
-    assert re.fullmatch("─+ An act ─+", printed(Act("An act", "text")).splitlines()[0])
-    # progress is a line in a pipe, a bar on a terminal
-    assert printed(Progress(0.5, "step 10")) == "step 10 " + "█" * 10 + "─" * 10 + "\n"
-    assert printed(Progress(0.25)) == ""
-    assert printed(Progress(0.25), force_terminal=True) == " " + "█" * 5 + "─" * 15 + "\r"
 
 
 @pytest.mark.parametrize("typed, waits", [("\n\n\n\n\n\n", 4), ("\n", 2), ("", 1), (None, 1)])
@@ -116,16 +123,6 @@ def test_play_counts_alarms_and_waits_while_somebody_answers(monkeypatch, capsys
     assert play(records, wait=True) == 3
     text = capsys.readouterr().out
     assert text.count(line) == waits and text.count("Odd: an alarm") == 3
-    assert text.index("an act") < text.index("done") < text.index("step 0") < text.index("step 2")
+    assert re.search("an act.*done.*step 0.*step 1.*step 2", text, re.DOTALL)
     assert play(iter(records)) == 3 and capsys.readouterr().out == text.replace(line, "")
     assert play(steps[:1]) == 0
-
-
-@pytest.mark.parametrize("width", [40, 90])
-def test_watched_run_fits_the_console(printed, tokenizer, width):
-    model = gpt.GPT2(gpt.GPT2Config(n_ctx=24, n_embd=12, n_layer=3, n_head=2)).eval()
-    for step in gpt.watch_act(gpt.run_prompt(model, tokenizer, gpt.PROMPT), seed=1):
-        text, tables = printed(step, width=width), [x for x in step.shown if isinstance(x, list)]
-        assert max(map(len, text.splitlines())) <= width, step.name
-        cells = [cell for rows in tables for row in rows for cell in row.values()]
-        assert all(cell in text for cell in cells if isinstance(cell, str)), step.name

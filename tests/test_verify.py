@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from functools import reduce
 from importlib.util import find_spec
 from operator import getitem
@@ -33,8 +32,7 @@ def differences(*paths):
 
 
 def edited(*values, dtype=torch.float32):
-    """The files of a model of this type, one matrix changed by something with these singular
-    values, relative to its norm."""
+    """A model's files, one matrix changed: the change's singular values, relative to its norm."""
     generator, old = torch.Generator().manual_seed(1), T[MATRIX].to(dtype).float()
     left, right = (torch.randn(n, len(values), generator=generator) for n in old.shape)
     left, right = torch.linalg.qr(left)[0] * torch.tensor(values), torch.linalg.qr(right)[0]
@@ -82,12 +80,13 @@ def test_exit_status(tmp_path, capsys, monkeypatch):
         (2, good, cut), (2, "nowhere"), (2, good, ""), (2, ""), (2, "a" * 5000), (2, other),
     ]:  # fmt: skip
         if path is other:  # which is not allowed to be read
-            monkeypatch.setattr("builtins.open", lambda *arguments: os.open("/nowhere", 0))
+            monkeypatch.setattr("builtins.open", lambda *arguments: Path("/nowhere").stat())
         line = ["--verify", str(path), *(["--against", str(*against)] if against else [])]
         assert main(line) == status, line
         printed, errors = capsys.readouterr()
-        assert "\x1b" not in printed + errors and ("Odd: " in printed) == (status == 1)
-        assert len(errors.splitlines()) == (status == 2)
+        assert "\x1b" not in printed + errors and len(errors.splitlines()) == (status == 2)
+        told = "nothing odd was found" in printed, "Odd: " in printed
+        assert told == (status == 0, status == 1)
 
 
 CHANGES = {  # what is compared, with what, and a part of how each tensor that differs does
@@ -120,9 +119,8 @@ CHANGES = {  # what is compared, with what, and a part of how each tensor that d
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change(name, tmp_path):
-    ours, theirs, expected = CHANGES[name]
+@pytest.mark.parametrize("ours, theirs, expected", CHANGES.values(), ids=CHANGES)
+def test_a_change(ours, theirs, expected, tmp_path):
     found = differences(write(tmp_path / "ours", ours), write(tmp_path / "trusted", theirs))
     assert found.keys() == expected.keys()
     assert all(expected[tensor] in how for tensor, how in found.items()), found
@@ -166,8 +164,8 @@ STEERS = [
     "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids", "suppress_tokens",
     "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
 ]  # fmt: skip
-RUN = {"\x1b\udcff.SO": b"", "a": b"PK\3\4", "b": b"#!/bin/sh", "c": b"\x7fELF", "x.py": b""}
-RUN |= dict.fromkeys(["x.safetensors", "x.txt"], b"\x80\4N.")
+RUN = {"\x1b\udcff.SO": b"", "a": b"PK\3\4", "b": b"#!/bin/sh", "c": b"\x7fELF", "d": b"MZ"}
+RUN |= {"x.py": b"", "x.safetensors": b"\x80\4N.", "x.txt": b"\x80\4N."}
 ODD = {  # what is put into a sound folder, as files or as places in one; a part of each alarm
     "nothing": ({GENERATION: {**dict.fromkeys(STEERS), "do_sample": True}, "x.txt": b"",
         SPECIAL: {"bos_token": {"content": "<|endoftext|>"}}}, []),

@@ -1,35 +1,34 @@
 """The watched run: every number that it tells is the model's."""
 
-import math
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import pieces
+from torch.testing import assert_close
 
 import gpt2_script as gpt
 from gpt2_script import GPT2, PROMPT, GPT2Config, piece, run_prompt, tap_step, watch_act
 
 T = 10  # tokens of PROMPT
-SUMS = "embed", "resid_mid", "resid_post"
+
+
+def through(tokenizer, config, prompt=PROMPT):
+    """The Run of a prompt through a new model."""
+    return run_prompt(GPT2(config).eval(), tokenizer, prompt)
 
 
 @pytest.fixture(scope="module")
 def run(tokenizer):
     torch.manual_seed(3)
-    return run_prompt(GPT2(gpt.PRESETS["nano"]).eval(), tokenizer, PROMPT)
+    return through(tokenizer, gpt.PRESETS["nano"])
 
 
 @pytest.fixture(scope="module")
 def steps(run):
     """The act, block 1 of 3 traced in full: {name: Step}, in order."""
     return {step.name: step for step in watch_act(run, [1])}
-
-
-def other_run(tokenizer, prompt, *sizes):
-    """A prompt's run through a model of these sizes: n_ctx, n_embd, n_layer, n_head."""
-    return run_prompt(GPT2(GPT2Config(50257, *sizes)).eval(), tokenizer, prompt)
 
 
 def test_steps_come_in_the_models_order(run, steps):
@@ -49,11 +48,23 @@ def test_steps_come_in_the_models_order(run, steps):
     assert "random" not in next(watch_act(run, trained=True)).purpose
 
 
+def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
+    step, pattern = steps["h.1.attn.mask"], run.seen["h.1.attn.pattern"]
+    values = torch.stack([matrix.values for matrix in step.shown])
+    later = torch.ones(T, T).triu(1) > 0
+    assert torch.equal(values, run.seen["h.1.attn.scores"].masked_fill(later, -torch.inf))
+    assert step.found == "of each head's 10 × 10 scores, 45 became −∞."
+    leaky = replace(run, seen=run.seen | {"h.1.attn.pattern": pattern + 0.125})
+    for some, error, ahead in ((run, r"\de-0[78]", "0"), (leaky, r"1e\+00", "0.125")):
+        found = tap_step(some, "h.1.attn.pattern").found
+        assert re.search(rf"at most {error} off; largest weight ahead: {ahead}\.$", found)
+
+
 def test_every_tap_is_shown_with_its_numbers(run):
     for name, value in run.seen.items():
+        if name.endswith(("embed", "resid_mid", "resid_post")):
+            continue  # sums, below
         step, heads = tap_step(run, name), value if value.dim() == 3 else value[None]
-        if name.endswith(SUMS):  # shown below
-            continue
         assert torch.equal(torch.stack([matrix.values for matrix in step.shown]), heads), name
         for i, matrix in enumerate(step.shown):
             assert matrix.rows == run.tokens and matrix.is_pattern == name.endswith("pattern")
@@ -61,49 +72,39 @@ def test_every_tap_is_shown_with_its_numbers(run):
             assert (matrix.columns == run.tokens) == (value.shape[-2:] == (T, T)), name
 
 
-def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
-    step, pattern = steps["h.1.attn.mask"], run.seen["h.1.attn.pattern"]
-    values = torch.stack([matrix.values for matrix in step.shown])
-    later = torch.arange(T) > torch.arange(T)[:, None]
-    assert (values[:, later] == -math.inf).all()
-    assert torch.equal(values[:, ~later], run.seen["h.1.attn.scores"][:, ~later])
-    assert torch.allclose(values.softmax(-1), pattern, atol=1e-6)
-    assert step.found == "of each head's 10 × 10 scores, 45 became −∞."
-    found = steps["h.1.attn.pattern"].found
-    assert re.search(r"at most \de-0[78] off; largest weight ahead: 0\.$", found)
-    leaky = replace(run, seen=run.seen | {"h.1.attn.pattern": pattern + 0.125})
-    found = tap_step(leaky, "h.1.attn.pattern").found
-    assert "at most 1e+00 off; largest weight ahead: 0.125." in found
-
-
-def test_found_tells_how_a_value_came_from_another_and_a_sum_how_each_vector_changed(run, steps):
-    """From its own block, and from what fired before it."""
-    fired, changes = list(run.seen), {("embed", "h.2.resid_post"): steps["the whole way"]}
-    how = torch.mean, lambda x: x.std(correction=0), torch.min, torch.max
+def test_found_tells_how_a_value_came_from_another(run):
+    """From one of its own block, and of those that fired before it."""
+    fired, how = list(run.seen), (torch.mean, lambda x: x.std(correction=0), torch.min, torch.max)
     for name in fired:
         if name in ("wte", "wpe") or name.endswith(("resid_pre", "pattern")):
             continue
-        step = tap_step(run, name)
-        old, key = re.match(r"from (\S+) to (\S+): ", step.found).groups()
+        found = tap_step(run, name).found
+        old, key = re.match(r"from (\S+) to (\S+): ", found).groups()
         source = "h.2.resid_post" if name == "ln_f" else name.removesuffix(key) + old
         assert name.endswith(key) and fired.index(source) < fired.index(name)
-        told = [float(x) for x in re.findall(r"-?\d+\.\d+", step.found)]
+        told = [float(x) for x in re.findall(r"-?\d+\.\d+", found)]
         numbers = [f(run.seen[tap]).item() for f in how for tap in (source, name)]
         assert told == pytest.approx(numbers, abs=6e-4), name
-        changes |= {(source, name): step} if name.endswith(SUMS) else {}
-    for taps, step in changes.items():
-        [rows], vectors = step.shown, [run.seen[tap] for tap in taps]
-        for row, token, a, b in zip(rows, run.tokens, *vectors, strict=True):
-            numbers = [x.norm() for x in (a, b, b - a)] + [a @ b / a.norm() / b.norm()]
-            assert row.pop("token") == token or len(token) > 13
-            assert [*row.values()] == pytest.approx(numbers, abs=1e-5), taps
+
+
+@pytest.mark.parametrize("name, before, after", [
+    ("embed", "wte", "embed"), ("h.1.resid_mid", "h.0.resid_post", "h.1.resid_mid"),
+    ("h.1.resid_post", "h.1.resid_mid", "h.1.resid_post"),
+    ("the whole way", "embed", "h.2.resid_post"),
+])  # fmt: skip
+def test_sums_tell_how_each_vector_changed(run, steps, name, before, after):
+    [rows], a, b = steps[name].shown, run.seen[before], run.seen[after]
+    norms = [x.norm(dim=1) for x in (a, b, b - a)]
+    expected = torch.stack([*norms, (a * b).sum(1) / norms[0] / norms[1]], dim=1)
+    assert_close(torch.tensor([[*row.values()][1:] for row in rows]), expected)
+    assert [row["token"] for row in rows] == run.tokens
 
 
 @pytest.mark.parametrize("prompt", ["a", PROMPT])
 @pytest.mark.parametrize("sizes", [(12, 6, 1, 1), (64, 42, 2, 14)])
 def test_every_formula_has_the_models_shapes(tokenizer, sizes, prompt):
     """At any size the last shape in a formula is the value's, and all steps are there."""
-    (_, C, L, H), run = sizes, other_run(tokenizer, prompt, *sizes)
+    (_, C, L, H), run = sizes, through(tokenizer, GPT2Config(50257, *sizes), prompt)
     shown, n = {step.name: step for step in watch_act(run, range(L))}, len(run.ids)
     assert {*run.seen} < {*shown} and len(shown) == 13 + 16 * L
     for name, value in run.seen.items():
@@ -118,7 +119,7 @@ def test_tokens_and_dropout(run, steps, tokenizer):
     assert rows[4] == {"position, piece": "4 ' Tower'", "id": 8765, "bytes": "20 54 6f 77 65 72"}
     assert len(rows) == T and "34 bytes became 10 ids" in steps["tokens"].found
     assert "nothing changed" in found and "(in training, p is 0.0)" in found
-    other = other_run(tokenizer, "a b", 1024, 6, 1, 1)
+    other = through(tokenizer, GPT2Config(n_embd=6, n_layer=1, n_head=1))
     other.seen["embed"] *= 2
     found = [*gpt.text_steps(other)][-1].found
     assert "something changed" in found and "(in training, p is 0.1)" in found
@@ -134,9 +135,7 @@ def test_other_blocks_have_a_line_each(run, steps):
 
 
 def test_probabilities_and_logit_lens_are_the_models(run, steps):
-    with torch.no_grad():
-        logits = run.model(torch.tensor([run.ids]))[0]
-    assert torch.equal(run.seen["logits"], logits)
+    logits = run.seen["logits"]
     [rows], top = steps["probabilities"].shown, logits[-1].softmax(-1).topk(5)
     for row, p, i in zip(rows, *top, strict=True):
         bar = "█" * max(1, round((12 * p / top[0][0]).item()))
@@ -157,13 +156,9 @@ def test_cache_holds_the_keys_and_values_of_the_run(run, steps, tokenizer):
     assert "the very keys" in step.found
     other = replace(run, seen=run.seen | {"h.0.attn.k": run.seen["h.0.attn.k"] + 1})
     assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
-    full, was = other_run(tokenizer, PROMPT, 11, 6, 1, 1), "1 token was added"
-    found = {n: [*gpt.continuation_steps(full, n)][-1].found for n in (12, 1, 0)}
-    assert found == {
-        12: f"{was}; the context of 11 is full.",
-        1: f"{was}.",
-        0: "0 tokens were added.",
-    }
+    full, was = through(tokenizer, GPT2Config(50257, 11, 6, 1, 1)), "1 token was added"
+    found = [[*gpt.continuation_steps(full, n)][-1].found for n in (12, 1, 0)]
+    assert found == [f"{was}; the context of 11 is full.", f"{was}.", "0 tokens were added."]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 3}, {"temperature": 50}])
@@ -174,11 +169,9 @@ def test_continuation_shows_the_candidates_before_and_after_sampling(run, sampli
     assert step.shown[-1] == f"{PROMPT!r} goes on: {run.tokenizer.decode(new[0, T:].tolist())!r}"
     for i, rows in enumerate(step.shown[:3]):
         with torch.no_grad():
-            logits = run.model(new[:, : T + i])[0, -1].double()
+            logits = run.model(new[:, : T + i])[0, -1]
+        drawn = gpt.next_probabilities(logits, **{"temperature": 0} | sampling)
         p, token = logits.softmax(-1), new[0, T + i].item()
-        hot = (logits / sampling.get("temperature", 1)).softmax(-1)
-        kept = hot.topk(sampling.get("top_k", 50257 if sampling else 1)).indices
-        drawn = torch.zeros_like(hot).index_copy(0, kept, hot[kept] / hot[kept].sum())
         candidates = dict.fromkeys([*p.topk(5).indices.tolist(), token])
         for row, x in zip(rows, candidates, strict=True):
             shares = f"{p[x]:.2%}", f"{drawn[x]:.2%}"
