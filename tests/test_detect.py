@@ -78,10 +78,10 @@ def test_hash_names_the_file_and_difference_the_kind(case, attacks, seed):
 
 def test_scan_follows_its_definition(trained):
     found, norms = gpt.scan(model := trained(4)), model.wte.weight.detach().norm(dim=1).double()
-    apart = (norms - norms.sort().values[(len(norms) - 1) // 2]).abs().sort()
-    scores = {name: score for score, name, _ in found}
-    assert [row for *_, row in found if row is not None] == [apart.indices[-1]]
-    assert scores["wte.weight"] == pytest.approx(apart.values[-1] / apart.values[-2] / 2, rel=1e-3)
+    apart = (norms - norms.sort().values[(len(norms) - 1) // 2]).abs()
+    scores, (*_, second, first) = {name: x for x, name, _ in found}, apart.sort().values.tolist()
+    assert [row for *_, row in found if row is not None] == [apart.argmax().item()]
+    assert scores["wte.weight"] == pytest.approx(first / second / 2, rel=1e-3)
     sigmas = [torch.linalg.svdvals(block.mlp.c_fc.weight.detach()) for block in model.h]
     ratios = [(s[0] / s[1]).item() for s in sigmas]
     for i in range(3):
