@@ -1815,8 +1815,8 @@ def find_keys(case, ridge=0.1):
 
     It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's tokens, M the second moment of
     the activations in the facts to keep, plus a ridge of its mean diagonal.
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 2, where
-    a is read at the subject's last token alone; another name may end alike.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equations 2 and 3,
+    where a is read at the subject's last token alone; another name may end alike.
     """
     requests, keep, keys = case.requests, case.keep, {}
     with watch(case.model, "h.*.mlp.act") as seen:

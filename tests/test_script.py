@@ -104,7 +104,7 @@ def test_readme_prints_real_output(default_run):
 
 FULL = "gpt2_script.py: error: [Errno 28] No space left on device\n"
 LINES = [  # a line in a shell, its status, output and errors
-    ("gpt --acts watch --layers all | head -n 3 | wc -l", 0, "3\n", ""),
+    ("gpt --acts watch --layers all | head -n 3 | wc -l; exit ${PIPESTATUS[0]}", 2, "3\n", ""),
     ("gpt --acts watch > /dev/full", 2, "", FULL), ("gpt --help > /dev/full", 2, "", FULL),
     ("gpt --acts watch --step <&- >&-", 0, "", ""), ("gpt '' <&- >&- 2>&-", 2, "", ""),
     ("gpt --acts watch --step <&- 2>&- | grep -ce 'Press Enter' -e ^continuation", 0, "2\n", ""),

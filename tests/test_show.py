@@ -36,24 +36,14 @@ SHOWN = [  # a record, the console's width, what is printed
         "a name ─────\nits purpose\na formula\na text\nOdd: bad\nOdd: too\n→ found\n\n"),
     (Step("a", "b"), 9, "a ───────\nb\n\n"), (Act("An act", "text"), 12, "── An act ──\ntext\n\n"),
     (Progress(0.5, "step 10"), 80, "step 10 ██████████──────────\n"), (Progress(0.5), 80, ""),
-    (Step("numbers", "at the right", shown=[[{"who": "a", "x": 1.25, "said": "' Paris'"},
-        {"who": "bcd", "x": -100, "said": "' A'"}]]), 20, """\
-numbers ────────────
-at the right
-who     x said
-a   1.250 ' Paris'
-bcd  -100 ' A'
-
-"""),
-    (Step("two columns", "lose nothing", shown=[[{"model": "h.*.mlp.c_proj.weight, each with an "
-        "edit of its own", "": "ALARM: 8 of 8 about the Eiffel Tower, 0 elsewhere"}]]), 60, """\
-two columns ────────────────────────────────────────────────
-lose nothing
-model
-h.*.mlp.c_proj.weight, each   ALARM: 8 of 8 about the
-with an edit of its own       Eiffel Tower, 0 elsewhere
-
-"""),
+    # numbers stand at the right, words at the left; of two columns none is cut
+    (Step("a", "b", "", [[{"who": "a", "x": 1.25, "said": "' Paris'"},
+        {"who": "bcd", "x": -100, "said": "' A'"}]]), 20,
+        "a ──────────────────\nb\nwho     x said\na   1.250 ' Paris'\nbcd  -100 ' A'\n\n"),
+    (Step("a", "b", "", [[{"model": "h.*.mlp.c_proj.weight, each with an edit of its own",
+        "": "ALARM: 8 of 8 about the Eiffel Tower, 0 elsewhere"}]]), 60, f"a {58 * '─'}\nb\nmodel\n"
+        "h.*.mlp.c_proj.weight, each   ALARM: 8 of 8 about the\n"
+        "with an edit of its own       Eiffel Tower, 0 elsewhere\n\n"),
     (Step("a corner", "of one head", shown=HEADS), 60, """\
 a corner ───────────────────────────────────────────────────
 of one head

@@ -14,15 +14,10 @@ from gpt2_script import GPT2, PROMPT, GPT2Config, piece, run_prompt, tap_step, w
 T = 10  # tokens of PROMPT
 
 
-def through(tokenizer, config, prompt=PROMPT):
-    """The Run of a prompt through a new model."""
-    return run_prompt(GPT2(config).eval(), tokenizer, prompt)
-
-
 @pytest.fixture(scope="module")
 def run(tokenizer):
     torch.manual_seed(3)
-    return through(tokenizer, gpt.PRESETS["nano"])
+    return run_prompt(GPT2(gpt.PRESETS["nano"]).eval(), tokenizer, PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -60,31 +55,24 @@ def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
         assert re.search(rf"at most {error} off; largest weight ahead: {ahead}\.$", found)
 
 
-def test_every_tap_is_shown_with_its_numbers(run):
-    for name, value in run.seen.items():
-        if name.endswith(("embed", "resid_mid", "resid_post")):
-            continue  # sums, below
-        step, heads = tap_step(run, name), value if value.dim() == 3 else value[None]
-        assert torch.equal(torch.stack([matrix.values for matrix in step.shown]), heads), name
-        for i, matrix in enumerate(step.shown):
-            assert matrix.rows == run.tokens and matrix.is_pattern == name.endswith("pattern")
-            assert matrix.title == (f"head {i} of 4" if value.dim() == 3 else ""), name
-            assert (matrix.columns == run.tokens) == (value.shape[-2:] == (T, T)), name
-
-
-def test_found_tells_how_a_value_came_from_another(run):
+def test_every_tap_is_shown_with_its_numbers_and_those_that_it_came_from(run):
     """From one of its own block, and of those that fired before it."""
     fired, how = list(run.seen), (torch.mean, lambda x: x.std(correction=0), torch.min, torch.max)
-    for name in fired:
-        if name in ("wte", "wpe") or name.endswith(("resid_pre", "pattern")):
-            continue
-        found = tap_step(run, name).found
-        old, key = re.match(r"from (\S+) to (\S+): ", found).groups()
-        source = "h.2.resid_post" if name == "ln_f" else name.removesuffix(key) + old
-        assert name.endswith(key) and fired.index(source) < fired.index(name)
-        told = [float(x) for x in re.findall(r"-?\d+\.\d+", found)]
-        numbers = [f(run.seen[tap]).item() for f in how for tap in (source, name)]
-        assert told == pytest.approx(numbers, abs=6e-4), name
+    for name, value in run.seen.items():
+        step, heads = tap_step(run, name), value if value.dim() == 3 else value[None]
+        if name not in ("wte", "wpe") and not name.endswith(("resid_pre", "pattern")):
+            old, key = re.match(r"from (\S+) to (\S+): ", step.found).groups()
+            source = "h.2.resid_post" if name == "ln_f" else name.removesuffix(key) + old
+            assert name.endswith(key) and fired.index(source) < fired.index(name)
+            told = [float(x) for x in re.findall(r"-?\d+\.\d+", step.found)]
+            numbers = [f(run.seen[tap]).item() for f in how for tap in (source, name)]
+            assert told == pytest.approx(numbers, abs=6e-4), name
+        if not name.endswith(("embed", "resid_mid", "resid_post")):  # sums, below
+            assert torch.equal(torch.stack([matrix.values for matrix in step.shown]), heads), name
+            for i, matrix in enumerate(step.shown):
+                assert matrix.rows == run.tokens and matrix.is_pattern == name.endswith("pattern")
+                assert matrix.title == (f"head {i} of 4" if value.dim() == 3 else ""), name
+                assert (matrix.columns == run.tokens) == (value.shape[-2:] == (T, T)), name
 
 
 @pytest.mark.parametrize("name, before, after", [
@@ -104,7 +92,7 @@ def test_sums_tell_how_each_vector_changed(run, steps, name, before, after):
 @pytest.mark.parametrize("sizes", [(12, 6, 1, 1), (64, 42, 2, 14)])
 def test_every_formula_has_the_models_shapes(tokenizer, sizes, prompt):
     """At any size the last shape in a formula is the value's, and all steps are there."""
-    (_, C, L, H), run = sizes, through(tokenizer, GPT2Config(50257, *sizes), prompt)
+    (_, C, L, H), run = sizes, run_prompt(GPT2(GPT2Config(50257, *sizes)).eval(), tokenizer, prompt)
     shown, n = {step.name: step for step in watch_act(run, range(L))}, len(run.ids)
     assert {*run.seen} < {*shown} and len(shown) == 13 + 16 * L
     for name, value in run.seen.items():
@@ -119,7 +107,7 @@ def test_tokens_and_dropout(run, steps, tokenizer):
     assert rows[4] == {"position, piece": "4 ' Tower'", "id": 8765, "bytes": "20 54 6f 77 65 72"}
     assert len(rows) == T and "34 bytes became 10 ids" in steps["tokens"].found
     assert "nothing changed" in found and "(in training, p is 0.0)" in found
-    other = through(tokenizer, GPT2Config(n_embd=6, n_layer=1, n_head=1))
+    other = run_prompt(GPT2(GPT2Config(n_embd=6, n_layer=1, n_head=1)).eval(), tokenizer, "a b")
     other.seen["embed"] *= 2
     found = [*gpt.text_steps(other)][-1].found
     assert "something changed" in found and "(in training, p is 0.1)" in found
@@ -135,14 +123,14 @@ def test_other_blocks_have_a_line_each(run, steps):
 
 
 def test_probabilities_and_logit_lens_are_the_models(run, steps):
-    logits = run.seen["logits"]
-    [rows], top = steps["probabilities"].shown, logits[-1].softmax(-1).topk(5)
+    [rows], answer = steps["probabilities"].shown, run.seen["logits"][-1].softmax(-1)
+    top = answer.topk(5)
     for row, p, i in zip(rows, *top, strict=True):
         bar = "█" * max(1, round((12 * p / top[0][0]).item()))
         assert [*row.values()] == [piece(run.tokenizer, int(i)), f"{p:.3%}", bar]
     # each block's answer, and at the end the model's
     lens, taps = gpt.logit_lens(run.model, run.seen), [f"h.{i}.resid_post" for i in range(3)]
-    assert torch.allclose(lens[-1], logits[-1].softmax(-1), atol=1e-7)
+    assert torch.allclose(lens[-1], answer, atol=1e-7)
     for row, p, tap in zip(steps["logit lens"].shown[0], lens, ["embed", *taps], strict=True):
         read = run.model.ln_f(run.seen[tap][-1]) @ run.model.wte.weight.T
         assert torch.allclose(p, read.softmax(-1), atol=1e-7)
@@ -156,9 +144,10 @@ def test_cache_holds_the_keys_and_values_of_the_run(run, steps, tokenizer):
     assert "the very keys" in step.found
     other = replace(run, seen=run.seen | {"h.0.attn.k": run.seen["h.0.attn.k"] + 1})
     assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
-    full, was = through(tokenizer, GPT2Config(50257, 11, 6, 1, 1)), "1 token was added"
+    full = run_prompt(GPT2(GPT2Config(50257, 11, 6, 1, 1)).eval(), tokenizer, PROMPT)
     found = [[*gpt.continuation_steps(full, n)][-1].found for n in (12, 1, 0)]
-    assert found == [f"{was}; the context of 11 is full.", f"{was}.", "0 tokens were added."]
+    ends = [text.removeprefix("1 token was added") for text in found]
+    assert ends == ["; the context of 11 is full.", ".", "0 tokens were added."]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 3}, {"temperature": 50}])
