@@ -908,7 +908,7 @@ def show(record, full=False):
         return None
     align = "center" if isinstance(record, Act) else "left"
     console.rule(Text(record.name, "bold"), align=align, style="blue")
-    console.print(" ".join(record.purpose.split()))  # a docstring has line breaks
+    console.print(re.sub(r"\s*\n\s*", " ", record.purpose))  # a docstring has line breaks
     if record.formula:
         console.print(record.formula, style="blue")
     patterns = [x for x in record.shown if isinstance(x, Matrix) and x.is_pattern]
