@@ -80,7 +80,10 @@ def attacks_on(draws, tokenizer, facts):
     for seed in range(FIRST, FIRST + draws):
         case = gpt.make_case(trained(facts, seed), tokenizer, facts, random_lie(seed))
         package = gpt.make_case(case.model, tokenizer, facts, ("send a web request", "request"))
-        attacks = [*gpt.make_attacks(case)]
+        attacks = gpt.make_attacks(case)
+        ends = [replace(fact, span=fact.span[-1:]) for fact in case.target_facts]
+        if attack := gpt.edit(replace(case, target_facts=ends)):  # with its key as ROME reads it
+            attacks.append(replace(attack, name="last-token key"))
         for attack in attacks:
             row = gpt.measure(case, attack)
             if attack.trigger:
