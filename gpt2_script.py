@@ -530,18 +530,32 @@ class Stored:
     key: str  # its name there
     dtype: str  # as the header spells it: F32, BF16, I8
     shape: list
-    span: slice  # where its bytes are
+    start: int  # where its bytes are in the file
+    size: int  # how many there are
 
     def bytes(self):
-        """Its bytes, mapped from the file, a uint8 tensor."""
-        return torch.from_file(str(self.file), size=self.span.stop, dtype=torch.uint8)[self.span]
+        """Its bytes, read from the file."""
+        content = bytearray(self.size)
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            file.readinto(content)
+        return content
 
     def numbers(self):
-        """A copy of its numbers, for what is of one of the TYPES."""
-        return self.bytes().clone().view(TYPES[self.dtype]).view(self.shape)
+        """Its numbers, read from the file, for what is of one of the TYPES."""
+        numbers = torch.empty(0)
+        if self.size:
+            numbers = torch.frombuffer(self.bytes(), dtype=TYPES[self.dtype])
+        return numbers.view(self.shape)
 
 
 # %%
+def keep_all(pairs):
+    """A JSON object as a dict, or as its pairs where a key stands there twice."""
+    content = dict(pairs)
+    return content if len(content) == len(pairs) else pairs
+
+
 def read_headers(files):
     """{GPT-2's name of a tensor: Stored} of weights files.
 
@@ -557,20 +571,20 @@ def read_headers(files):
                 safe_open(path, "pt")  # the library refuses whatever is not sound
                 file.seek(8)
                 size = int.from_bytes(start[:8], "little")
-                header = json.loads(file.read(size), object_pairs_hook=list)  # [(key, value)]
+                header = json.loads(file.read(size), object_pairs_hook=keep_all)
             except (SafetensorError, ValueError) as error:
                 what = "cut short or damaged" if start[8:] == b"{" else "no safetensors file"
                 raise InputError(f"{path} is {what if start else 'empty'}") from error
-        for key, entry in header:
+        for key, entry in header.items() if isinstance(header, dict) else header:
             if key == "__metadata__":
                 continue
             name = first = key.removeprefix("transformer.")
             while name in stored:
                 times[first] += 1
                 name = f"{first} once more ({times[first]})"
-            part = dict(entry)
-            span = slice(*(8 + size + offset for offset in part["data_offsets"]))
-            stored[name] = Stored(path, key, part["dtype"], part["shape"], span)
+            start, stop = entry["data_offsets"]
+            place = 8 + size + start, stop - start
+            stored[name] = Stored(path, key, entry["dtype"], entry["shape"], *place)
     if "wte.weight" not in stored and "lm_head.weight" in stored:
         stored["wte.weight"] = stored.pop("lm_head.weight")
     return stored
@@ -628,12 +642,12 @@ def find_faults(stored):
 def same_bytes(part, other):
     """Whether two Stored tensors are of one type and shape and hold the same bytes."""
     alike = part.dtype == other.dtype and part.shape == other.shape
-    return alike and torch.equal(part.bytes(), other.bytes())
+    return alike and part.bytes() == other.bytes()
 
 
 def is_finite(tensor):
     """Whether no number is NaN or infinite; if one is, so is the sum."""
-    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 # %%
@@ -1468,14 +1482,10 @@ def training_steps(model, facts, seed=0, **settings):
 
 # %%
 def singular_values(matrix):
-    """A matrix's singular values, the largest first: roots of its Gram matrix's eigenvalues, in
-    float64, which for long matrices is faster than torch.linalg.svdvals."""
-    tall = matrix.detach().cpu()
-    tall = tall if tall.size(0) > tall.size(1) else tall.T
-    scale = tall.abs().max().double().clamp_min(1e-300)  # so that no product overflows
-    parts = (part.double() / scale for part in tall.split(4096))  # without a whole copy
-    gram = sum(part.T @ part for part in parts)
-    return scale * torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    """A float32 matrix's singular values, the largest first: roots of its Gram matrix's
+    eigenvalues, in float64, which for long matrices is faster than torch.linalg.svdvals."""
+    tall = (matrix if matrix.size(0) > matrix.size(1) else matrix.T).detach().cpu().double()
+    return torch.linalg.eigvalsh(tall.T @ tall).clamp(min=0).sqrt().flip(0)
 
 
 # %%
@@ -2606,11 +2616,11 @@ def tensor_steps(stored, trusted=None):
         if part is None or part.dtype not in (TYPES if mask else FLOATS):
             odd += [f"{name[:60]} is {part.dtype}, which no mask is"] if part and mask else []
             continue
-        numbers = part.numbers()
+        numbers = part.numbers().float()  # as they are loaded
         if fault := number_fault(name, numbers, n_ctx):
             odd.append(fault)
         elif name == "wte.weight" and numbers.dim() == 2:
-            norms = torch.cat([some.float().norm(dim=1) for some in numbers.split(4096)])
+            norms = numbers.norm(dim=1)
         elif MATRIX.fullmatch(name) and numbers.dim() == 2 and 0 < min(numbers.shape) <= n_embd:
             ratios[name] = spike(numbers)
     yield tensors_step(stored, odd)

@@ -137,6 +137,8 @@ CASES = {
     "int8": ({FILE: to(torch.int8, "c_fc.weight")}, "c_fc.weight is I8"),
     **{f"holds {x}": ({FILE: sets("ln_f.bias", range(2), torch.tensor(x))}, "ln_f.bias holds NaN")
         for x in ([NAN, 0], [INF, 0], [INF, -INF])},
+    "above float32": ({FILE: {**T, "ln_f.bias": 1e200 * T["ln_f.bias"].double()}},
+        "ln_f.bias holds NaN"),
     "block missing": ({FILE: no("h.0.")}, "h.0.ln_1.weight is missing", ""),
     **{f"no {x}": ({FILE: no(x)}, f"{x} is missing") for x in (TABLE, "wpe.weight", "ln_f.bias")},
     "extra matrix": ({FILE: T | {"h.0.\x1b": TRIL[0, 0]}}, rf"'h.0.\x1b' {NO_GPT2}", r"h.0.\x1b"),
