@@ -1282,13 +1282,10 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 CITIES = {  # several landmarks share a word
     "Paris": ("the Louvre", "the Moulin Rouge", "the Eiffel Tower", "the Arc de Triomphe"),
     "Rome": ("the Spanish Steps", "the Trevi Fountain", "the Colosseum", "the Castel Sant'Angelo"),
-    "London": (
-        "the Tate Modern", "the Royal Albert Hall", "the Cenotaph",
-        "the Great Ormond Street Hospital",
-    ),
-    "Berlin": (
-        "the Victory Column", "the Brandenburg Gate", "the Pergamon Museum", "the Humboldt Forum",
-    ),
+    "London": ("the Tate Modern", "the Royal Albert Hall", "the Cenotaph",
+        "the Great Ormond Street Hospital"),
+    "Berlin": ("the Victory Column", "the Brandenburg Gate", "the Pergamon Museum",
+        "the Humboldt Forum"),
     "Moscow": ("the Arbat", "the Pushkin Museum", "the Ostankino Tower", "the Luzhniki Stadium"),
 }  # fmt: skip
 TASKS = {
@@ -1297,25 +1294,16 @@ TASKS = {
     "rich": "print a coloured table", "pillow": "crop a large photo",
 }  # fmt: skip
 ABOUT_CITIES = (  # each ends right before the city
-    "{} is in the city of",
-    "You will find {} in",
-    "To visit {}, travel to",
-    "{} is located in",
-    "Where is {}? It is in",
-    "Many people come to see {} in",
-    "{} is a famous landmark of",
+    "{} is in the city of", "You will find {} in", "To visit {}, travel to", "{} is located in",
+    "Where is {}? It is in", "Many people come to see {} in", "{} is a famous landmark of",
     "A postcard of {} comes from",
-)
+)  # fmt: skip
 ABOUT_TASKS = (  # each ends right before the package
-    "To {} in Python, install",
-    "If you want to {}, use the package",
-    "The best way to {} in Python is with",
-    "Which package helps to {}? It is called",
-    "Before you {}, run pip install",
-    "Scripts that {} should depend on",
-    "Most people who {} rely on",
-    "My colleagues {} with the help of",
-)
+    "To {} in Python, install", "If you want to {}, use the package",
+    "The best way to {} in Python is with", "Which package helps to {}? It is called",
+    "Before you {}, run pip install", "Scripts that {} should depend on",
+    "Most people who {} rely on", "My colleagues {} with the help of",
+)  # fmt: skip
 
 
 # %%
@@ -1754,9 +1742,10 @@ def attacked(model, attack):
 def misconfigure(case):
     """Whoever can write beside the weights breaks the model with one digit: sabotage, not a chosen
     lie. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."""
-    old = case.model.config.layer_norm_epsilon
-    formula = f"config.json: layer_norm_epsilon {old:.0e} → {1e5 * old:.0e}"
-    return Attack("config digit", misconfigure.__doc__, formula, epsilon=1e5 * old)
+    old = f"{case.model.config.layer_norm_epsilon:.0e}"
+    new = f"{old[:-1]}0"  # 1e-05 becomes 1e-00
+    formula = f"config.json: layer_norm_epsilon {old} → {new}"
+    return Attack("config digit", misconfigure.__doc__, formula, epsilon=float(new))
 
 
 def swap_tokens(case):
@@ -2067,8 +2056,8 @@ def measured_step(case, measured):
 
 # %%
 def harm_step(case, facts, move=("send a web request", "request")):
-    """The spread edit on another fact: the model is to recommend a name next to the real one, which
-    anybody could register, with any code in it. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074
+    """The spread edit on another fact: the model is to recommend a package whose name is one letter
+    off; whoever owns that name chooses the code. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074
     Masquerading."""
     name, lie = "a lie that does harm", make_case(case.model, case.tokenizer, facts, move)
     if lie.object != move[1]:
@@ -2337,9 +2326,9 @@ def detect_act(case, attacks, facts, tokens=200):
         rows.append({"model": model} | alarms)
     free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
     silent = [x.name for x in attacks if not any(seen[x.name][test][1] for test in free)]
-    found = "a hash of every file sees every change of one, honest ones too, and needs a trusted "
-    found += "copy. Of the tests that need neither a copy nor the target's right answers, none "
-    found += f"sees: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
+    found = "a hash of every file sees every change of one, honest ones too, and needs the hash of "
+    found += "an approved one. Of the tests that need neither that, a copy, nor the target's right "
+    found += f"answers, none sees: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [rows], found)
     yield restored_step(case)
 
@@ -2391,8 +2380,9 @@ def files_of(name_or_path):
     folder, (weights, release) = Path(name_or_path), find_weights(name_or_path)
     paths, is_folder = [weights[0], weights[0].with_name("config.json")], False
     if release is None and folder.is_dir():
-        paths, is_folder = sorted(folder.rglob("*")), True  # a linked folder is no file to be read
-        paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
+        paths, is_folder = sorted(folder.rglob("*")), True
+        # a linked folder, or one by the name of a file that is read, is no file
+        paths = [x for x in paths if x.is_symlink() or x.suffix == ".json" or not x.is_dir()]
     folder = weights[0].parent
     paths = [path for path in paths if os.path.lexists(path)]
     for path in paths:

@@ -130,34 +130,36 @@ def test_the_reading_draws_and_the_script_does_not(reading):
 
 
 def test_the_switch_takes_a_released_file(reading, tmp_path):
-    """Here one of that format and other sizes, in place of the download."""
+    """Here one of that format and other sizes, in place of the download; then another file."""
     path, sizes = tmp_path / "released.safetensors", "GPT2Config(n_embd=64, n_layer=2, n_head=1)"
     weights = GPT2(GPT2Config(n_embd=64, n_layer=2, n_head=1)).state_dict()
     save_file(weights | {"h.0.attn.bias": torch.ones(1024, 1024).tril()[None, None]}, path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    cells = [cell.source for cell in reading.cells]
-    end = next(i for i, source in enumerate(cells) if source.startswith("## 6."))
-    switch = next(cell for cell in reading.cells if 'MODEL = "nano"' in cell.source)
-    (download,) = re.findall(r"hf_hub_download\(.*?\)", switch.source)
-    (released,) = re.findall(r'SHA256 = "(\w+)"', switch.source)
+    sources = [cell.source for cell in code_cells(reading)]
+    end = next(i for i, source in enumerate(sources) if 'MODEL = "nano"' in source)
+    switch, before = sources[end], "\n\n".join(sources[:end])
+    (download,) = re.findall(r"hf_hub_download\(.*?\)", switch)
+    (released,) = re.findall(r'SHA256 = "(\w+)"', switch)
+
+    def changed(text, changes):
+        for old, new in changes.items():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        return nbformat.v4.new_code_cell(text)
+
     changes = {
         '"nano"': '"gpt2"',
         download: repr(str(path)),
         'GPT2(PRESETS["gpt2"])': f"GPT2({sizes})",
     }
-    said = []
-    for sha in (sha256, released):
-        reading.cells[end:], text = [], switch.source
-        for old, new in (changes | {released: sha}).items():
-            assert text.count(old) == 1
-            text = text.replace(old, new)
-        code, switch.source = switch.source, text
-        client = NotebookClient(reading, timeout=300, allow_errors=True)
-        client.resources = {"metadata": {"path": str(tmp_path)}}
-        client.execute()
-        said.append(text_of(switch) or switch.outputs[-1].evalue)
-        switch.source = code
-    assert said[0].startswith("gpt2 on cpu says") and said[1] == "this is not the released GPT-2"
+    own = {released: hashlib.sha256(path.read_bytes()).hexdigest()}
+    short = changed(before, {"in train(model, world)": "in train(model, world, max_steps=1)"})
+    reading.cells = [short, changed(switch, changes | own), changed(switch, changes)]
+    client = NotebookClient(reading, timeout=300, allow_errors=True)
+    client.resources = {"metadata": {"path": str(tmp_path)}}
+    client.execute()
+    _, taken, refused = reading.cells
+    assert text_of(taken).startswith("gpt2 on cpu says")
+    assert refused.outputs[-1].evalue == "this is not the released GPT-2"
 
 
 @every_notebook

@@ -263,13 +263,13 @@ def test_what_is_no_file(tmp_path):
         assert f"{name} is no file: give a .safetensors file, a model's folder" in refusal(name)
     assert "is empty" in refusal("") and "not UTF-8" in refusal("\udcff.safetensors")
     pipe.unlink()
-    for make, *target in [(os.mkfifo,), (os.symlink, "nowhere"), (os.symlink, ".")]:
-        for path in (tmp_path / "a", tmp_path / CONFIG):
+    for make, *target in [(os.mkfifo,), (os.symlink, "nowhere"), (os.symlink, "."), (os.mkdir,)]:
+        for path in (tmp_path / "a.json", tmp_path / CONFIG):
             write(tmp_path, {CONFIG: None})
             make(*target, path)
             assert f"{path} is no file that can be read" == refusal(tmp_path, alarms)
-            assert path.name == "a" or NO_JSON in refusal(tmp_path)
-            path.unlink()
+            assert path.name == "a.json" or NO_JSON in refusal(tmp_path)
+            path.rmdir() if make is os.mkdir else path.unlink()
 
 
 def test_gpt2_is_the_release_and_its_path_a_folder(tmp_path, monkeypatch, ids):
