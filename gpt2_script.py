@@ -2299,8 +2299,8 @@ def detect_act(case, attacks, facts, tokens=200):
         rows.append({"model": model} | alarms)
     free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
     silent = [x.name for x in attacks if not any(seen[x.name][test][1] for test in free)]
-    found = "a hash of every file sees every change of one, honest ones too, and needs the hash of "
-    found += "an approved one. Of the tests that need neither that, a copy, nor the target's right "
+    found = "hashing every file sees every change of one, honest ones too, and needs the approved "
+    found += "hashes. Of the tests that need neither these, nor a copy, nor the target's right "
     found += f"answers, none sees: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [rows], found)
     yield restored_step(case)
