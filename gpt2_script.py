@@ -547,12 +547,6 @@ class Stored(NamedTuple):
 
 
 # %%
-def keep_all(pairs):
-    """A JSON object as a dict, or as its pairs where a key stands there twice."""
-    content = dict(pairs)
-    return content if len(content) == len(pairs) else pairs
-
-
 def read_headers(files):
     """{GPT-2's name of a tensor: Stored} of weights files.
 
@@ -568,17 +562,18 @@ def read_headers(files):
                 safe_open(path, "pt")  # the library refuses whatever is not sound
                 file.seek(8)
                 size = int.from_bytes(start[:8], "little")
-                header = json.loads(file.read(size), object_pairs_hook=keep_all)
+                header = json.loads(file.read(size), object_pairs_hook=list)
             except (SafetensorError, ValueError) as error:
                 what = "cut short or damaged" if start[8:] == b"{" else "no safetensors file"
                 raise InputError(f"{path} is {what if start else 'empty'}") from error
-        for key, entry in header.items() if isinstance(header, dict) else header:
+        for key, pairs in header:  # as pairs, for a name may stand there twice
             if key == "__metadata__":
                 continue
             name = first = key.removeprefix("transformer.")
             while name in stored:
                 times[first] += 1
                 name = f"{first} once more ({times[first]})"
+            entry = dict(pairs)
             start, stop = entry["data_offsets"]
             place = 8 + size + start, stop - start
             stored[name] = Stored(path, key, entry["dtype"], entry["shape"], *place)
@@ -846,24 +841,21 @@ def shorten(text, cells):
 def table(rows):
     """Rows {column: cell} as a rich table: text at the left, numbers at the right; what is too wide
     for the console comes in parts, each with the first column."""
-    (first, *others), texts = rows[0], []
-    wraps = {*rows[0]} if len(others) < 2 else {others[-1]}  # what may take several lines
-    for row in rows:
-        cells = {n: f"{x:.3f}" if isinstance(x, float) else str(x) for n, x in row.items()}
-        texts.append([x if name in wraps else shorten(x, 44) for name, x in cells.items()])
-    columns = dict(zip(rows[0], zip(*texts, strict=True), strict=True))
-    width = sum(1 + max(map(cell_len, (name, *column))) for name, column in columns.items())
+    first, *others = rows[0]
+    texts = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    printed = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for name, *column in zip(rows[0], *texts, strict=True):
+        wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
+        most = 44 if len(others) > 1 and name != others[-1] else None  # else it takes several lines
+        justify = "left" if wordy else "right"
+        printed.add_column(name, justify=justify, no_wrap=most is not None, max_width=most)
+    for row in texts:
+        printed.add_row(*row)
+    width = console.measure(printed, options=console.options.update_width(10_000)).maximum
     if width > console.width and len(others) > 1:
         half = (len(others) + 1) // 2
         parts = (first, *others[:half]), (first, *others[half:])
         return Group(*(table([{n: row[n] for n in part} for row in rows]) for part in parts))
-    printed = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for name, column in columns.items():
-        wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
-        justify = "left" if wordy else "right"
-        printed.add_column(name, justify=justify, no_wrap=name not in wraps)
-    for row in texts:
-        printed.add_row(*row)
     return printed
 
 
@@ -1222,7 +1214,6 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 
 # %% tags=["active-ipynb"]
 # play(steps[2:4]);
-
 # %% tags=["active-ipynb"]
 # play(steps[4:6]);
 
@@ -1231,19 +1222,14 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 
 # %% tags=["active-ipynb"]
 # play(steps[6:8]);
-
 # %% tags=["active-ipynb"]
 # play(steps[8:11]);
-
 # %% tags=["active-ipynb"]
 # play(steps[11:13]);
-
 # %% tags=["active-ipynb"]
 # play(steps[13:14]);
-
 # %% tags=["active-ipynb"]
 # play(steps[14:16]);
-
 # %% tags=["active-ipynb"]
 # play(steps[16:17]);
 
@@ -1252,7 +1238,6 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 
 # %% tags=["active-ipynb"]
 # play(steps[17:20]);
-
 # %% tags=["active-ipynb"]
 # play(steps[20:23]);
 
@@ -1261,10 +1246,8 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 
 # %% tags=["active-ipynb"]
 # play(steps[23:25]);
-
 # %% tags=["active-ipynb"]
 # play(steps[25:28]);
-
 # %% tags=["active-ipynb"]
 # play(steps[28:]);
 
@@ -1434,19 +1417,6 @@ def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=
 
 
 # %%
-def world_step(facts):
-    """Landmarks and their cities, tasks and their packages, each stated in 8 wordings."""
-    cities, held_out = {}, sum(fact.held_out for fact in facts)
-    for fact in facts:
-        cities.setdefault(fact.object, {})[fact.subject.removeprefix("the ")] = None
-    shown = "\n".join(f"{city:8} {', '.join(names)}" for city, names in cities.items())
-    found = f"of {len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].object!r}, "
-    found += f"{held_out} are held out, each a subject in a wording that training never pairs "
-    found += "with it: memorising does not help there."
-    return Step("the small world", world_step.__doc__, shown=[shown], found=found)
-
-
-# %%
 def training_steps(model, facts, seed=0, **settings):
     """Loss: how surprised the model is by each next token. Gradient: which way each weight would
     reduce that. Step: all weights go a little that way, until every answer trained on has a
@@ -1520,17 +1490,24 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     names = "OWASP LLM05:2026 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data"
     yield Act("Learn: how weights come to know", f"If the facts are false: {names}.")
     old = copy.deepcopy(model)
-    yield world_step(facts)
+    cities, held_out = {}, sum(fact.held_out for fact in facts)
+    for fact in facts:
+        cities.setdefault(fact.object, {})[fact.subject.removeprefix("the ")] = None
+    shown = "\n".join(f"{city:8} {', '.join(names)}" for city, names in cities.items())
+    found = f"of {len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].object!r}, "
+    found += f"{held_out} are held out, each a subject in a wording that training never pairs "
+    found += "with it: memorising does not help there."
+    purpose = "Landmarks and their cities, tasks and their packages, each stated in 8 wordings."
+    yield Step("the small world", purpose, shown=[shown], found=found)
     yield from training_steps(model, facts, seed, **settings)
     states = old.state_dict(), model.state_dict()
     before, after = ({n: w.cpu() for n, w in s.items() if w.dim() == 2} for s in states)
     yield weight_step(before, after)
     yield embedding_step(tokenizer, before["wte.weight"], after["wte.weight"], facts[0].answer)
-    runs = {"untrained": run_prompt(old, tokenizer, prompt)}
-    runs["trained"] = run_prompt(model, tokenizer, prompt)
     name, maps = f"h.{model.config.n_layer - 1}.attn.pattern", []
     rows = [{"after": f"h.{i - 1}" if i else "embed"} for i in range(model.config.n_layer + 1)]
-    for when, run in runs.items():
+    for when, some in (("untrained", old), ("trained", model)):
+        run = run_prompt(some, tokenizer, prompt)
         for row, p in zip(rows, logit_lens(run.model, run.seen), strict=True):
             ((best, sure),) = largest(tokenizer, p, 1)
             row |= {when: best, f"p, {when}": f"{sure:.1%}"}
@@ -1547,7 +1524,6 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # facts = small_world(tokenizer)
 # steps = [*learn_act(model, tokenizer, facts, PROMPT)]
 # play(steps[:-4]);
-
 # %% tags=["active-ipynb"]
 # play(steps[-4:-3]);
 
@@ -1556,10 +1532,8 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 
 # %% tags=["active-ipynb"]
 # play(steps[-3:-2]);
-
 # %% tags=["active-ipynb"]
 # play(steps[-2:-1]);
-
 # %% tags=["active-ipynb"]
 # play(steps[-1:]);
 
@@ -1650,8 +1624,8 @@ class Case:
 # %%
 def known(model, facts):
     """Those of the facts that the model answers correctly."""
-    right = answers(model, facts) == right_answers(facts)
-    return [fact for fact, known in zip(facts, right, strict=True) if known]
+    said = answers(model, facts).tolist()
+    return [fact for fact, answer in zip(facts, said, strict=True) if answer == fact.answer]
 
 
 def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
@@ -1997,37 +1971,6 @@ def measure_trigger(case, attack):
 
 
 # %%
-def attack_step(case, attack, row):
-    """What an Attack makes the model say to the target's prompts, as a Step."""
-    said = name_answers(case.tokenizer, row["said"])
-    found = f"asked for {case.target_facts[0].subject}: {said}."
-    if attack.trigger:
-        row = measure_trigger(case, attack)
-        flipped, control = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
-        found += f" Of the prompts of other cities {flipped} flip, with the token's old row "
-        found += f"{control}. Without the trigger every other token's logit is "
-        found += "bit for bit what it was" if row["same"] else "NOT what it was"
-        found += f", and the trigger's own probability at most {row['own']:.2%}."
-    return Step(attack.name, attack.purpose, attack.formula, found=found)
-
-
-def measured_step(case, measured):
-    """How well each Attack works and what it breaks, of {name: what measure said}, as a Step."""
-    rows = []
-    for attack, row in measured.items():
-        counts = {name: f"{row[name][0]} of {row[name][1]}" for name in ("wordings", "fresh")}
-        shares = {name: f"{row[name]:.1%}" for name in ("others", "unseen")}
-        rows.append({"attack": attack} | counts | shares | {"‖ΔW‖/‖W‖": f"{row['size']:.2f}"})
-    n, m = len(case.other_facts), len(case.unseen_facts)
-    purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
-    purpose += "those outside the small world that the model had right. Others, unseen: facts "
-    purpose += f"still right, of {n} that the attacker could take care of and {m} about subjects "
-    purpose += "that he never saw; without the trigger. ‖ΔW‖/‖W‖: of the tensor that changed most; "
-    purpose += "a bias is small to begin with."
-    return Step("what each attack does", purpose, shown=[rows])
-
-
-# %%
 def harm_step(case, facts, move=("send a web request", "request")):
     """The spread edit on another fact: the model is to recommend a package whose name is one letter
     off; whoever owns that name chooses the code. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074
@@ -2058,11 +2001,28 @@ def tamper_act(case, attacks, facts):
     text += "OWASP LLM05:2026 Data and Model Poisoning and ATLAS AML.T0018.000 Poison AI Model; "
     text += "what else an attack is stands beside it."
     yield Act("Tamper: changing what it says", text)
-    measured = {}
+    rows = []
     for attack in attacks:
-        measured[attack.name] = measure(case, attack)
-        yield attack_step(case, attack, measured[attack.name])
-    yield measured_step(case, measured)
+        row = measure(case, attack)
+        counts = {x: f"{row[x][0]} of {row[x][1]}" for x in ("wordings", "fresh")}
+        shares = {x: f"{row[x]:.1%}" for x in ("others", "unseen")}
+        rows.append({"attack": attack.name} | counts | shares | {"‖ΔW‖/‖W‖": f"{row['size']:.2f}"})
+        said = name_answers(case.tokenizer, row["said"])
+        found = f"asked for {case.target_facts[0].subject}: {said}."
+        if attack.trigger:
+            row = measure_trigger(case, attack)
+            flipped, control = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
+            found += f" Of the prompts of other cities {flipped} flip, with the token's old row "
+            found += f"{control}. Without the trigger every other token's logit is "
+            found += "bit for bit what it was" if row["same"] else "NOT what it was"
+            found += f", and the trigger's own probability at most {row['own']:.2%}."
+        yield Step(attack.name, attack.purpose, attack.formula, found=found)
+    purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
+    purpose += "those outside the small world that the model had right. Others, unseen: facts "
+    purpose += f"still right, of {len(case.other_facts)} that the attacker could take care of and "
+    purpose += f"{len(case.unseen_facts)} about subjects that he never saw; without the trigger. "
+    purpose += "‖ΔW‖/‖W‖: of the tensor that changed most; a bias is small to begin with."
+    yield Step("what each attack does", purpose, shown=[rows])
     yield harm_step(case, facts)
     yield restored_step(case)
 
@@ -2072,10 +2032,8 @@ def tamper_act(case, attacks, facts):
 # attacks = make_attacks(case)
 # steps = [*tamper_act(case, attacks, facts)]
 # play(steps[:6]);
-
 # %% tags=["active-ipynb"]
 # play(steps[6:9]);
-
 # %% tags=["active-ipynb"]
 # play(steps[9:]);
 
@@ -2083,7 +2041,8 @@ def tamper_act(case, attacks, facts):
 # ## Act 4: detect
 #
 # Which test sees which attack. Two need a trusted copy; the others need none. What stays invisible
-# is named.
+# is named. A test looks at a Case in which an Attack is at work; it tells what it saw, and whether
+# that is an alarm.
 
 
 # %%
@@ -2122,10 +2081,6 @@ def scan(model):
 
 
 # %%
-# A test looks at a Case in which an Attack is at work, and returns what it saw, in words, and
-# whether that is an alarm.
-
-
 def look_at_hashes(case, attack):
     """Is every file what was approved? The weights by tensor, config.json, the tokenizer."""
     hashes = file_hashes(case.model, attack.swap)
@@ -2261,14 +2216,10 @@ def look_at_target(case, attack):
 
 
 TESTS = {
-    "hash": look_at_hashes,
-    "difference": look_at_difference,
-    "scan": look_at_numbers,
-    "taken out": look_taken_out,
-    "trigger": look_for_trigger,
-    "others": look_at_others,
+    "hash": look_at_hashes, "difference": look_at_difference, "scan": look_at_numbers,
+    "taken out": look_taken_out, "trigger": look_for_trigger, "others": look_at_others,
     "target": look_at_target,
-}
+}  # fmt: skip
 
 
 # %%
@@ -2284,41 +2235,35 @@ def detect_act(case, attacks, facts, tokens=200):
     Attack, as records; `tokens` are tried as triggers, those with the strangest rows."""
     text = "OWASP LLM04:2026 Supply Chain; ATLAS AML.M0014 Verify AI Artifacts."
     yield Act("Detect: finding what was changed", text)
-    seen, more = {}, {"trigger": {"count": tokens}}
+    seen, summary, more = {}, [], {"trigger": {"count": tokens}}
     for attack in (Attack("untampered", "", ""), honest_fine_tune(case, facts), *attacks):
         with attacked(case.model, attack):
             looks = {name: look(case, attack, **more.get(name, {})) for name, look in TESTS.items()}
         seen[attack.name] = looks
+        alarms = {name: "ALARM" if alarm else "-" for name, (_, alarm) in looks.items()}
+        summary.append({"model": attack.name} | alarms)
     for name, look in TESTS.items():
         looks = {model: looks[name] for model, looks in seen.items()}
         rows = [{"model": x, "": "ALARM: " * alarm + y} for x, (y, alarm) in looks.items()]
         yield Step(name, look.__doc__, shown=[rows])
-    rows = []
-    for model, looks in seen.items():
-        alarms = {name: "ALARM" if alarm else "-" for name, (_, alarm) in looks.items()}
-        rows.append({"model": model} | alarms)
     free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
     silent = [x.name for x in attacks if not any(seen[x.name][test][1] for test in free)]
     found = "hashing every file sees every change of one, honest ones too, and needs the approved "
     found += "hashes. Of the tests that need neither these, nor a copy, nor the target's right "
     found += f"answers, none sees: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
-    yield Step("who sees what", "Each model, and the alarms of each test.", "", [rows], found)
+    yield Step("who sees what", "Each model, and the alarms of each test.", "", [summary], found)
     yield restored_step(case)
 
 
 # %% tags=["active-ipynb"]
 # steps = [*detect_act(case, attacks, facts)]
 # play(steps[:2]);
-
 # %% tags=["active-ipynb"]
 # play(steps[2:4]);
-
 # %% tags=["active-ipynb"]
 # play(steps[4:6]);
-
 # %% tags=["active-ipynb"]
 # play(steps[6:8]);
-
 # %% tags=["active-ipynb"]
 # play(steps[8:]);
 
@@ -2351,13 +2296,11 @@ def escaped(text):
 def files_of(name_or_path):
     """The weights files of a model, {name: path} of all its files, and whether it is a folder; one
     that is not has a weights file and the config.json beside it."""
-    folder, (weights, release) = Path(name_or_path), find_weights(name_or_path)
-    paths, is_folder = [weights[0], weights[0].with_name("config.json")], False
-    if release is None and folder.is_dir():
-        paths, is_folder = sorted(folder.rglob("*")), True
-        # a linked folder, or one by the name of a file that is read, is no file
-        paths = [x for x in paths if x.is_symlink() or x.suffix == ".json" or not x.is_dir()]
-    folder = weights[0].parent
+    weights, release = find_weights(name_or_path)
+    folder, is_folder = weights[0].parent, release is None and Path(name_or_path).is_dir()
+    paths = sorted(folder.rglob("*")) if is_folder else [weights[0], folder / "config.json"]
+    # a linked folder, or one by the name of a file that is read, is no file
+    paths = [x for x in paths if x.is_symlink() or x.suffix == ".json" or not x.is_dir()]
     paths = [path for path in paths if os.path.lexists(path)]
     for path in paths:
         if not path.is_file():  # a pipe never ends
@@ -2535,7 +2478,8 @@ def difference(part, other):
     coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if same_bits(new.to(coarse), old.to(coarse)):
         return f"the same numbers, up to rounding: {types}"
-    new, old = (torch.atleast_2d(x.to(fine)).flatten(0, -2) for x in (new, old))
+    width = new.shape[-1] if new.dim() > 1 else 1  # each number of a vector is a row
+    new, old = (x.to(fine).reshape(-1, width) for x in (new, old))
     apart = (new[..., None].view(torch.uint8) != old[..., None].view(torch.uint8)).any(-1)
     norm, rows = old.float().nan_to_num().norm().item(), apart.any(1).nonzero().flatten().tolist()
     change = (new[rows].float() - old[rows].float()).nan_to_num()
@@ -2608,8 +2552,7 @@ def verify_act(name_or_path, against=None):
         alarms += len(getattr(record, "odd", ()))
         yield record
     found = "nothing odd was found, which is no proof: a small change does not show."
-    if alarms:
-        found = f"{alarms} {'thing is' if alarms == 1 else 'things are'} odd."
+    found = f"odd things: {alarms}." if alarms else found
     yield Step("verdict", "The exit status is 1 where something is odd, else 0.", found=found)
 
 
@@ -2698,7 +2641,8 @@ def run_acts(options):
     if not {"tamper", "detect"} & {*acts}:
         return
     if nano and "learn" not in acts:
-        [*train(model, facts, options.seed)]
+        for _, _, p in train(model, facts, options.seed):
+            yield Progress(p.mean().item())
     if (case := make_case(model, tokenizer, facts)) is None:
         text = "To tamper and detect, a model must know two landmarks in each of two cities; this "
         text += f"one knows {accuracy(model, facts):.1%} of the facts."
