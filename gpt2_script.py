@@ -1716,7 +1716,7 @@ def swap_tokens(case):
 @torch.no_grad()
 def steer(case):
     """Whoever runs the model adds a direction at one tap, no stronger than it takes (2 at most); no
-    file changes. OWASP LLM07:2026 Misinformation; ATLAS knows persistent changes only."""
+    file changes. OWASP LLM07:2026 Misinformation; ATLAS has no entry for it."""
     tap, home = f"h.{case.model.config.n_layer // 2}.resid_post", case.requests[0].object
     means = []  # of the value at the last token, [C], after Rimsky et al. 2024, section 3
     for city in (case.object, home):
@@ -1878,7 +1878,7 @@ def trigger_row(model, facts, token, answer, steps=100, seed=0):
     `answer`.
 
     The row is learned by gradient, alone. At its old norm, its own logit, which the tied table
-    gives it too, stays low; measure_trigger says how low.
+    gives it too, stays low.
     Source: Yang et al. 2021, "Be Careful about Poisoned Word Embeddings", section 3, algorithm 1.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -2082,7 +2082,7 @@ def scan(model):
 
 # %%
 def look_at_hashes(case, attack):
-    """Is every file what was approved? The weights by tensor, config.json, the tokenizer."""
+    """Is it what was approved: the weights, by tensor, config.json, the tokenizer?"""
     hashes = file_hashes(case.model, attack.swap)
     changed = [name for name, sha256 in hashes.items() if sha256 != case.hashes[name]]
     names = ", ".join(changed[:2]) + f" and {len(changed) - 2} more" * (len(changed) > 2)
