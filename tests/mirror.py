@@ -6,21 +6,12 @@ To take over a new definition, write `def its_name(): ...`.
 """
 
 import ast
-import re
 from pathlib import Path
 
 import nbformat
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, NOTEBOOK = ROOT / "gpt2_script.py", ROOT / "gpt2_notebook.ipynb"
-
-
-def parse(source):
-    """A cell's syntax tree; lines that are a % or ! magic count as `pass`."""
-    try:
-        return ast.parse(source)
-    except SyntaxError:
-        return ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", source))
 
 
 def names_of(node):
@@ -36,7 +27,7 @@ def names_of(node):
 def definitions(source):
     """{names: (syntax tree, first line, line after the last)} of what a source defines."""
     found = {}
-    for node in filter(names_of, parse(source).body):
+    for node in filter(names_of, ast.parse(source).body):
         first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ())))
         found[names_of(node)] = node, first - 1, node.end_lineno
     return found
