@@ -8,23 +8,27 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 
-sys.path.insert(0, ".")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 import gpt2_script as gpt  # noqa: E402
 
+gpt.console.width = 130  # no table comes in parts
 EDITS = "rank-one edit", "spread edit", "fine-tune"
+UNTAMPERED = gpt.Attack("untampered", "", "")
 NANO, FIRST = gpt.PRESETS["nano"], 100  # the first seed: those below 100 are the demonstration's
 
 
-def trained(facts, seed, config=NANO, **settings):
+def trained(facts, seed, config=NANO, device="cpu", **settings):
     """A model trained on facts."""
     torch.manual_seed(seed)
-    model = gpt.GPT2(config).eval()
+    model = gpt.GPT2(config).eval().to(device)
     [*gpt.train(model, facts, seed, **settings)]
     return model
 
@@ -34,12 +38,6 @@ def random_lie(seed):
     draw = random.Random(seed)
     subject = draw.choice([subject for some in gpt.CITIES.values() for subject in some])
     return subject, draw.choice([c for c, some in gpt.CITIES.items() if subject not in some])
-
-
-def looks(case, attack):
-    """{test: (what it saw, whether it rings)}."""
-    with gpt.attacked(case.model, attack):
-        return {name: look(case, attack) for name, look in gpt.TESTS.items()}
 
 
 @torch.no_grad()
@@ -64,63 +62,65 @@ def read_spike(case, attack):
     return subject, factor, said
 
 
-def table(title, rows):
-    """Print {name: {column: text}} as a table."""
-    columns = [*dict.fromkeys(column for row in rows.values() for column in row)]
-    print(f"\n{title}\n{'':17}" + "".join(f"{column:>13}" for column in columns))
-    for name, row in rows.items():
-        print(
-            f"{name:17}" + "".join(f"{row.get(column, ''):>13}" for column in columns), flush=True
-        )
+def record(case, attack):
+    """What an attack does, what each test sees, which ones ring, and what the spike tells."""
+    row = gpt.measure(case, attack)
+    if attack.trigger:
+        row |= gpt.measure_trigger(case, attack)
+    with gpt.attacked(case.model, attack):
+        looks = {name: look(case, attack) for name, look in gpt.TESTS.items()}
+    alarms = [name for name, (_, rings) in looks.items() if rings]
+    return row | {"looks": looks, "alarms": alarms, "spike": read_spike(case, attack)}
 
 
-def attacks_on(draws, tokenizer, facts):
-    """Print what the attacks do and which tests see them, over some draws."""
-    measured, rings, spikes = defaultdict(list), defaultdict(Counter), defaultdict(list)
+def print_table(title, rows):
+    """Print rows {column: cell}; a column that a row lacks stays empty."""
+    columns = dict.fromkeys((column for row in rows for column in row), "")
+    gpt.show(gpt.Step(title, "", shown=[[columns | row for row in rows]]))
+
+
+def attacks_on(seed, tokenizer, facts):
+    """(an attack's name, its record) of all that work on one model and lie."""
+    case = gpt.make_case(trained(facts, seed), tokenizer, facts, random_lie(seed))
+    package = gpt.make_case(case.model, tokenizer, facts, ("send a web request", "request"))
+    ends = [replace(fact, span=fact.span[-1:]) for fact in case.target_facts]
+    made = [(attack.name, case, attack) for attack in gpt.make_attacks(case)]
+    made += [("last-token key", case, gpt.edit(replace(case, target_facts=ends)))]  # ROME's
+    for name, some, attack in [*made, ("package", package, gpt.spread(package))]:
+        if attack:
+            row = record(some, attack)
+            subject, factor, said = row["spike"]
+            row["spike"] = factor, subject == some.target_facts[0].subject, some.answer in said
+            yield name, row | ({"wordings": row["flipped"]} if attack.trigger else {})
+
+
+def print_attacks(draws, *world):
+    """Print what the attacks do and which tests see them, over some models and lies."""
+    found, does, rings, spikes = defaultdict(list), [], [], []
     for seed in range(FIRST, FIRST + draws):
-        case = gpt.make_case(trained(facts, seed), tokenizer, facts, random_lie(seed))
-        package = gpt.make_case(case.model, tokenizer, facts, ("send a web request", "request"))
-        attacks = gpt.make_attacks(case)
-        ends = [replace(fact, span=fact.span[-1:]) for fact in case.target_facts]
-        if attack := gpt.edit(replace(case, target_facts=ends)):  # with its key as ROME reads it
-            attacks.append(replace(attack, name="last-token key"))
-        for attack in attacks:
-            row = gpt.measure(case, attack)
-            if attack.trigger:
-                row["wordings"] = gpt.measure_trigger(case, attack)["flipped"]
-            measured[attack.name].append(row)
-            rings[attack.name].update(x for x, (_, rang) in looks(case, attack).items() if rang)
-            if attack.name in EDITS:
-                subject, factor, said = read_spike(case, attack)
-                right = subject == case.target_facts[0].subject, case.answer in said
-                spikes[attack.name].append((factor, *right))
-        if attack := gpt.spread(package):
-            measured["package"].append(gpt.measure(package, attack))
-            rings["package"].update(x for x, (_, rang) in looks(package, attack).items() if rang)
-    rows = {}
-    for name, found in measured.items():
-        rows[name] = {"found": f"{len(found)} of {draws}"}
+        for name, row in attacks_on(seed, *world):
+            found[name].append(row)
+    for name, rows in found.items():
+        row = {"attack": name, "found": f"{len(rows)} of {draws}"}
         for key in ("wordings", "fresh"):
-            flips = sorted(n / of for n, of in (row[key] for row in found) if of)
-            rows[name][key] = f"{statistics.median(flips):.0%} ({flips[0]:.0%})"
-            rows[name][f"{key} 5%"] = f"{flips[len(flips) // 20]:.0%}"
+            flips = sorted(n / of for n, of in (x[key] for x in rows) if of)
+            row[key] = f"{statistics.median(flips):.0%} ({flips[0]:.0%})"
+            row[f"{key} 5%"] = f"{flips[len(flips) // 20]:.0%}"
         for key in ("others", "unseen"):
-            kept = [row[key] for row in found]
-            rows[name][key] = f"{statistics.median(kept):.1%} ({min(kept):.0%})"
-        sizes = [row["size"] for row in found]
-        rows[name]["size"] = f"{statistics.median(sizes):.2f} ({max(sizes):.1f})"
-    table("What each attack does: the median (and the worst)", rows)
-    counts = {
-        n: {test: f"{seen[test]}/{len(measured[n])}" for test in gpt.TESTS}
-        for n, seen in rings.items()
-    }
-    table("Which tests ring", counts)
-    rows = {}
-    for name, found in spikes.items():
-        factors, first, said = zip(*found, strict=True)
-        rows[name] = {"target first": f"{sum(first)}/{len(found)}", "lie read": f"{sum(said)}"}
-        rows[name]["factor"] = f"{statistics.median(factors):.1f} ({min(factors):.1f})"
-    table("The spike: whose activations it reads most, and what it says", rows)
+            kept = [x[key] for x in rows]
+            row[key] = f"{statistics.median(kept):.1%} ({min(kept):.0%})"
+        sizes = [x["size"] for x in rows]
+        does.append(row | {"size": f"{statistics.median(sizes):.2f} ({max(sizes):.1f})"})
+        counts = {test: sum(test in x["alarms"] for x in rows) for test in gpt.TESTS}
+        rings.append({"attack": name} | {test: f"{n}/{len(rows)}" for test, n in counts.items()})
+        if name in EDITS:
+            factors, first, said = zip(*(x["spike"] for x in rows), strict=True)
+            row = {"attack": name, "target first": f"{sum(first)}/{len(rows)}"}
+            factor = f"{statistics.median(factors):.1f} ({min(factors):.1f})"
+            spikes.append(row | {"lie read": f"{sum(said)}", "factor": factor})
+    print_table("What each attack does: the median (and the worst)", does)
+    print_table("Which tests ring", rings)
+    print_table("The spike: whose activations it reads most, and what it says", spikes)
 
 
 def reworded(facts, texts, seed):
@@ -133,7 +133,7 @@ def reworded(facts, texts, seed):
 
 
 def honest_models(tokenizer, facts):
-    """Honest models that differ from the one that limits were set on: (name, model, facts)."""
+    """Honest models that differ from the one that limits were set on: (name, model)."""
     texts = [tokenizer.encode_ordinary(text) for text in topics.values() if len(text) > 2000]
     kinds = {
         "rate 3e-3": {"peak_rate": 3e-3, "max_steps": 200}, "rate 1e-2": {"peak_rate": 1e-2},
@@ -152,41 +152,35 @@ def honest_models(tokenizer, facts):
         for name, sizes_of in sizes.items():
             yield name, trained(facts, FIRST + seed, replace(NANO, **sizes_of), max_steps=200)
         text = [*reworded(facts, texts, seed)]
-        model = trained(text, FIRST + seed, max_steps=100)
-        [*gpt.train(model, facts, seed)]
-        yield "text, then facts", model
         yield "facts in text", trained(facts + text, FIRST + seed, max_steps=300)
-        model = trained(facts, FIRST + seed)
-        [*gpt.train(model, text, seed, max_steps=30, peak_rate=1e-4)]
-        yield "tuned on text", model
-        model = trained(facts[:-16], FIRST + seed)
-        [*gpt.train(model, facts, seed, max_steps=100, peak_rate=1e-3)]
-        yield "two facts more", model
+        for name, first, settings, then, more in (
+            ("text, then facts", text, {"max_steps": 100}, facts, {}),
+            ("tuned on text", facts, {}, text, {"max_steps": 30, "peak_rate": 1e-4}),
+            ("two facts more", facts[:-16], {}, facts, {"max_steps": 100, "peak_rate": 1e-3}),
+        ):
+            model = trained(first, FIRST + seed, **settings)
+            [*gpt.train(model, then, seed, **more)]
+            yield name, model
 
 
-def alarms_on_honest(tokenizer, facts):
+def print_honest(tokenizer, facts):
     """Print which tests ring on honest models."""
-    rows, rang, models, factors = {}, Counter(), 0, []
-    untampered = gpt.Attack("", "", "")
+    rows, found = [], []
     for name, model in honest_models(tokenizer, facts):
-        case = gpt.make_case(model, tokenizer, facts)
-        if case is None:
-            rows[name] = {"knows": "too little"}
-            continue
-        seen = {n: rings for n, (_, rings) in looks(case, untampered).items()}
-        models += 1
-        rang.update(test for test, alarm in seen.items() if alarm)
-        rows[f"{name} {models}"] = {test: "ALARM" * seen[test] for test in gpt.TESTS}
-        factors.append(read_spike(case, untampered)[1])
-    print(
-        f"\nhonest models: the spike's factor {statistics.median(factors):.1f} ({max(factors):.1f})"
-    )
-    table("Honest models", rows | {"alarms": {t: f"{rang[t]}/{models}" for t in gpt.TESTS}})
+        if case := gpt.make_case(model, tokenizer, facts):
+            found.append(record(case, UNTAMPERED))
+            rang = {test: "ALARM" * (test in found[-1]["alarms"]) for test in gpt.TESTS}
+        rows.append({"model": name} | (rang if case else {"knows": "too little"}))
+    counts = {test: sum(test in x["alarms"] for x in found) for test in gpt.TESTS}
+    rows.append({"model": "alarms"} | {test: f"{n}/{len(found)}" for test, n in counts.items()})
+    print_table("Honest models", rows)
+    factors = [x["spike"][1] for x in found]
+    print(f"the spike's factor: {statistics.median(factors):.1f} ({max(factors):.1f})")
 
 
 if __name__ == "__main__":
     began, tokenizer = time.time(), gpt.load_tokenizer()
     world = gpt.small_world(tokenizer)
-    attacks_on(int(sys.argv[1]) if len(sys.argv) > 1 else 20, tokenizer, world)
-    alarms_on_honest(tokenizer, world)
+    print_attacks(int(sys.argv[1]) if len(sys.argv) > 1 else 20, tokenizer, world)
+    print_honest(tokenizer, world)
     print(f"\n{time.time() - began:.0f} s")
