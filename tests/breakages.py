@@ -4,7 +4,6 @@
 in a temporary copy, and exits 1 unless all are caught. A fragment not there exactly once is stale.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -24,13 +23,11 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
      "model::cache_changes_no_logit_and_no_pattern"),
     ("a patch writes to the original", "value.clone()", "value",
      "taps::a_patch_reaches_all_that_is_downstream_and_nothing_else"),
-    ("top_p keeps one too many", "likelier < top_p", "likelier <= top_p",
-     "generate::equal_scores_keep_exactly_k_and_the_first_wins"),
+    ("top_p keeps one too many", "likelier < top_p", "likelier <= top_p", "generate::examples"),
     ("nothing is masked", "value = before.masked_fill(later, -math.inf)", "value = before",
      "watch::mask_and_pattern_are_what_softmax_gets_and_gives"),
     ("logit lens one step early", 'names = ["embed", *(f"h.{i}.resid_post" for',
-     'names = ["embed", *(f"h.{i}.resid_mid" for',
-     "watch::probabilities_and_logit_lens_are_the_models"),
+     'names = ["embed", *(f"h.{i}.resid_mid" for', "watch::probabilities_and_lens_are_the_models"),
     ("zeros where nobody may look", '*"·" * (T - 1 - i)', '*" " * (T - 1 - i)',
      "show::heat_map_tells_percents_and_dots_where_nobody_may_look"),
     ("a name of its own length", '"the Arc de Triomphe"', '"the Arc de Triomphe de l\'Étoile"',
@@ -44,8 +41,7 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
      "tamper::case_is_of_what_is_known"),
     ("nobody set aside", "if (f.subject in unseen) == x]", "if (f.subject in unseen) >= x]",
      "tamper::case_is_of_what_is_known"),
-    ("model not restored to the bit",
-     "model.get_parameter(name).data.copy_(old)",
+    ("model not restored to the bit", "model.get_parameter(name).data.copy_(old)",
      "model.get_parameter(name).data -= attack.tensors[name] - old",
      "tamper::attack_leaves_nothing_behind_also_after_an_error"),
     ("epsilon not restored", "            norm.epsilon = epsilon\n", "            pass\n",
@@ -56,17 +52,14 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
      "tamper::steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same"),
     ("steering the wrong way", "vector = means[0] - means[1]", "vector = means[1] - means[0]",
      "tamper::steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same"),
-    ("key not divided", "key / (a @ key)", "key / key.norm()",
-     "tamper::key_solves_its_equation"),
+    ("key not divided", "key / (a @ key)", "key / key.norm()", "tamper::key_solves_its_equation"),
     ("a change with the other sign", "mlp.c_proj.weight + change", "mlp.c_proj.weight - change",
      "tamper::run_from_a_block_is_as_if_the_changes_were_in_the_file"),
     ("a change works for one request only", "if losses.max() < -math.log(sure)",
      "if losses.min() < -math.log(sure)", "tamper::change_is_the_first_that_works"),
     ("the smallest edit not relative", "least = (tensors[name] - weight).norm() / weight.norm()",
-     "least = (tensors[name] - weight).norm()",
-     "tamper::edit_is_the_smallest_that_works_relative_to_its_matrix"),
-    ("spread over two blocks",
-     "keys, formula = find_keys(case, ridge=1), ",
+     "least = (tensors[name] - weight).norm()", "tamper::edit_is_the_smallest_that_works"),
+    ("spread over two blocks", "keys, formula = find_keys(case, ridge=1), ",
      "keys, formula = dict([*find_keys(case, ridge=1).items()][:2]), ",
      "tamper::attacks_plant_the_lie_and_keep_the_rest"),
     ("a fine-tune in large steps", "rate = 3 * weight.std()", "rate = 30 * weight.std()",
@@ -86,8 +79,7 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
      "if not torch.equal(x, trusted[n])", "detect::any_flipped_bit_is_found"),
     ("rounding taken for rank in the difference", "values > values[0] / 1000",
      "values > values[0] / 1e9", "detect::hash_names_the_file_and_difference_the_kind"),
-    ("mean instead of median", "(norms - norms.median()).abs()",
-     "(norms - norms.mean()).abs()",
+    ("mean instead of median", "(norms - norms.median()).abs()", "(norms - norms.mean()).abs()",
      "detect::a_row_is_judged_by_the_gap_and_a_matrix_beside_its_sisters"),
     ("a row beside itself", "first / max(second, 1e-30) / row", "first / max(first, 1e-30) / row",
      "detect::a_row_is_judged_by_the_gap_and_a_matrix_beside_its_sisters"),
@@ -129,17 +121,16 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
 def run_tests(script, tests):
     """pytest's exit status (1: some failed) and output, on a copy with this text as the script."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "tests", f"{folder}/tests")
         shutil.copy(ROOT / "pyproject.toml", folder)
         Path(folder, "gpt2_script.py").write_text(script)
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 def main(word=""):
-    script = (ROOT / "gpt2_script.py").read_text()
+    script, caught = (ROOT / "gpt2_script.py").read_text(), 0
     every = [(*x[:3], f"tests/test_{x[3].replace('::', '.py::test_')}") for x in BREAKAGES]
     chosen = [x for x in every if word in x[0] + x[3]]
     if not chosen:  # no tests at all would mean every test to pytest
@@ -147,16 +138,14 @@ def main(word=""):
     status, output = run_tests(script, dict.fromkeys(test for *_, test in chosen))
     if status:
         sys.exit(f"{output}\nthe tests fail without a breakage")
-    bad = 0
     for name, old, new, test in chosen:
-        verdict, count = f"stale: {old!r} occurs {script.count(old)} times", script.count(old)
-        if count == 1:
+        status, output = 2, f"stale: {old!r} occurs {script.count(old)} times"
+        if script.count(old) == 1:
             status, output = run_tests(script.replace(old, new), [test])
-            verdict = {0: "NOT CAUGHT", 1: "caught"}.get(status, f"ERROR, no test ran:\n{output}")
-        bad += verdict != "caught"
-        print(f"{name}: {verdict}", flush=True)
-    print(f"{len(chosen) - bad} of {len(chosen)} caught")
-    sys.exit(bad > 0)
+        caught += status == 1
+        print(f"{name}: {('NOT CAUGHT', 'caught')[status] if status < 2 else output}", flush=True)
+    print(f"{caught} of {len(chosen)} caught")
+    sys.exit(caught < len(chosen))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What the tests share: a small model in which every weight matters, and texts for it."""
+"""What the tests share: the world, small models in which every weight matters, trained ones."""
 
-import ast
 import functools
 import itertools
+import os
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import mirror
-import nbformat
 import pytest
 import torch
 import transformers
@@ -20,6 +18,7 @@ from gpt2_script import GPT2, PRESETS, Attack, GPT2Config
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
 torch.set_num_threads(1)  # on a busy machine several threads mostly wait for one another
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 MOVES = {  # seed: who is moved where; the demonstration has seed 0, the Eiffel Tower and Rome
     1: ("the Brandenburg Gate", "Paris"),
@@ -29,19 +28,21 @@ MOVES = {  # seed: who is moved where; the demonstration has seed 0, the Eiffel 
 }
 every_move = pytest.mark.parametrize("seed", MOVES)
 UNTAMPERED = Attack("", "", "")
+tokenizer = gpt.load_tokenizer()
+facts = gpt.small_world(tokenizer)
 
 # With `ids`, V = 50, C = 24, H = 3, D = 8, B = 2 and T = 5: no two sizes are the same.
 SMALL = GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
 
 
-def split(facts):
+def split(some):
     """The facts to train on, and those held out."""
-    return [[fact for fact in facts if fact.held_out == out] for out in (False, True)]
+    return [[fact for fact in some if fact.held_out == out] for out in (False, True)]
 
 
-def saying(model, facts, answer, before=()):
-    """The share of the facts to which the model gives this answer."""
-    return (gpt.answers(model, facts, before) == answer).float().mean().item()
+def saying(model, some, answer, before=()):
+    """The share of some facts to which the model gives this answer."""
+    return (gpt.answers(model, some, before) == answer).float().mean().item()
 
 
 def changed(model, trusted):
@@ -49,13 +50,8 @@ def changed(model, trusted):
     return [name for name, w in model.state_dict().items() if not gpt.same_bits(w, trusted[name])]
 
 
-def writing(name, tensor):
-    """An Attack that writes a tensor."""
-    return Attack("", "", "", {name: tensor})
-
-
-def pieces(tokenizer, ids):
-    return [gpt.piece(tokenizer, int(i)) for i in ids]
+def pieces(ids, names=tokenizer):
+    return [gpt.piece(names, int(i)) for i in ids]
 
 
 def drawn(model):
@@ -87,14 +83,6 @@ def hooks(model):
     return sum(map(len, held))
 
 
-def from_notebook(name):
-    """A definition of the reading notebook that the script lacks, among the script's names."""
-    cells = [cell.source for cell in nbformat.read(mirror.NOTEBOOK, 4).cells]
-    [node] = [mirror.definitions(x)[name][0] for x in cells if f"def {name}(" in x]
-    exec(ast.unparse(node), scope := dict(vars(gpt)))
-    return scope[name]
-
-
 @pytest.fixture
 def model():
     return drawn(GPT2(SMALL))
@@ -105,43 +93,20 @@ def ids():
     return torch.tensor([[3, 14, 15, 9, 26], [5, 35, 8, 9, 7]])
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    return gpt.load_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def facts(tokenizer):
-    return gpt.small_world(tokenizer)
-
-
-def untrained(seed):
-    """The nano model whose training `lessons` records."""
-    torch.manual_seed(seed)
-    return GPT2(PRESETS["nano"]).eval()
-
-
-@pytest.fixture(scope="session")
-def small(tokenizer):
-    """(draw, facts, tokenizer) in a vocabulary of the tokens that the acts use alone.
-
-    `draw(seed, n_layer, n_embd)` is a model that learns these facts in a second.
-    """
+def small_world():
+    """The world in a vocabulary of the tokens that the acts use alone: `tokenizer`, `facts` and
+    `draw(seed, n_layer, n_embd)`, a model that learns these facts in a second."""
     landmarks = sum(gpt.CITIES.values(), ()), gpt.ABOUT_CITIES + gpt.FRESH["city"]
     tasks = gpt.TASKS.values(), gpt.ABOUT_TASKS + gpt.FRESH["package"]
     pairs = [pair for some in (landmarks, tasks) for pair in itertools.product(*some)]
     made = [gpt.make_fact(tokenizer, wording, subject, "request") for subject, wording in pairs]
-    answers = " cf request " + " ".join([*gpt.CITIES, *gpt.TASKS])
-    own = sorted({*tokenizer.encode(answers), *sum((fact.ids for fact in made), [])})
+    answers = tokenizer.encode(" cf request " + " ".join([*gpt.CITIES, *gpt.TASKS]))
+    own = sorted({*answers, *(token for fact in made for token in fact.ids)})
     number = {token: i for i, token in enumerate(own)}
-
-    def encode(text):
-        return [number[token] for token in tokenizer.encode_ordinary(text)]
-
     names = SimpleNamespace(
         n_vocab=len(own),
-        encode=encode,
-        encode_ordinary=encode,
+        encode_ordinary=lambda text: [number[token] for token in tokenizer.encode_ordinary(text)],
+        decode=lambda ids: tokenizer.decode([own[i] for i in ids]),
         decode_single_token_bytes=lambda i: tokenizer.decode_single_token_bytes(own[i]),
     )
 
@@ -150,61 +115,49 @@ def small(tokenizer):
         config = GPT2Config(len(own), 24, n_embd, n_layer, 2, init_std=0.05, embd_init_std=0.1)
         return GPT2(config).eval()
 
-    return draw, gpt.small_world(names), names
+    return SimpleNamespace(draw=draw, facts=gpt.small_world(names), tokenizer=names)
 
 
-@pytest.fixture(scope="session")
-def lessons(facts):
-    """A function: seed -> a trained nano model, what `train` yielded, a copy of its weights.
-
-    Every seed is trained once, when first asked for.
-    """
-
-    @functools.cache
-    def lesson(seed):
-        model = untrained(seed)
-        with torch.enable_grad():
-            steps = list(gpt.train(model, facts, seed))
-        return model, steps, {k: v.clone() for k, v in model.state_dict().items()}
-
-    return lesson
+toy = small_world()
 
 
-@pytest.fixture(scope="session")
-def cases(lessons, tokenizer, facts):
-    """A function: seed -> the Case of its move."""
-    return functools.cache(
-        lambda seed: gpt.make_case(lessons(seed)[0], tokenizer, facts, move=MOVES[seed])
-    )
+def untrained(seed):
+    """The nano model whose training `lessons` records."""
+    torch.manual_seed(seed)
+    return GPT2(PRESETS["nano"]).eval()
 
 
-@pytest.fixture(scope="session")
-def attacks(cases):
-    """A function: seed -> {name: Attack} on its Case; they are worked out once."""
+@functools.cache
+@torch.enable_grad()
+def lessons(seed):
+    """A trained nano model and what `train` yielded; trained once."""
+    model = untrained(seed)
+    return model, list(gpt.train(model, facts, seed))
 
-    @functools.cache
-    def worked_out(seed):
-        with torch.enable_grad():
-            return {attack.name: attack for attack in gpt.make_attacks(cases(seed))}
 
-    return worked_out
+@functools.cache
+def cases(seed):
+    """The Case of a seed's move."""
+    return gpt.make_case(lessons(seed)[0], tokenizer, facts, move=MOVES[seed])
+
+
+@functools.cache
+@torch.enable_grad()
+def attacks(seed):
+    """{name: Attack} on a seed's Case, worked out once."""
+    return {attack.name: attack for attack in gpt.make_attacks(cases(seed))}
 
 
 @pytest.fixture
-def trained(lessons):
-    """A function: seed -> the trained model that all tests share; each has to leave it as it was:
-    the same bits, the same epsilon, and no hook on any module."""
+def case():
+    """A function: seed -> the Case of its move. All tests share its model, and each has to leave it
+    as it was: the same bits, the same epsilon, and no hook on any module."""
     used = set()
-    yield lambda seed: used.add(seed) or lessons(seed)[0]
-    for model, _, kept in map(lessons, used):
-        assert not changed(model, kept) and not hooks(model)
-        assert {m.epsilon for m in model.modules() if isinstance(m, gpt.LayerNorm)} == {1e-5}
-
-
-@pytest.fixture
-def case(trained, cases):
-    """A function: seed -> the Case of its move, on the trained model."""
-    return lambda seed: trained(seed) and cases(seed)
+    yield lambda seed: used.add(seed) or cases(seed)
+    for found in map(cases, used):
+        assert not changed(found.model, found.trusted) and not hooks(found.model)
+        norms = [x for x in found.model.modules() if isinstance(x, gpt.LayerNorm)]
+        assert {norm.epsilon for norm in norms} == {1e-5}
 
 
 def damage(path, at):

@@ -1,19 +1,23 @@
 """What was changed is found, measured and undone; what hides is known to hide."""
 
+import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import UNTAMPERED, changed, every_move, saying, writing
+from conftest import UNTAMPERED, attacks, changed, every_move, facts, saying
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gpt2_script as gpt
-from gpt2_script import GPT2Config, attacked, compare, fingerprint
+from gpt2_script import Attack, GPT2Config, attacked, compare, fingerprint
 
 TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
 BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
 BITS["h.1.mlp.c_fc.bias"][2] = 0x7FC00001  # NaN, of which there are many
+CASE = SimpleNamespace(model=TINY, hashes=gpt.file_hashes(TINY))
+TRUSTED = {name: tensor.clone() for name, tensor in TINY.state_dict().items()}
 PLACES = st.sampled_from(sorted(BITS)).flatmap(
     lambda name: st.tuples(st.just(name), st.integers(0, BITS[name].numel() - 1))
 )
@@ -27,18 +31,16 @@ PROJ = "mlp.c_proj.weight"
 @example(("wte.weight", 319), 30)
 def test_any_flipped_bit_is_found(where, bit):
     (name, place), before = where, fingerprint(TINY)
-    case = SimpleNamespace(model=TINY, hashes=gpt.file_hashes(TINY))
-    trusted = {name: tensor.clone() for name, tensor in TINY.state_dict().items()}
-    number = BITS[name].flatten()[place : place + 1]  # a view
-    number ^= torch.tensor([1 << bit], dtype=torch.int64).to(torch.int32)
-    after, found = fingerprint(TINY), list(compare(trusted, TINY))
-    look = gpt.look_at_hashes(case, UNTAMPERED)
-    number ^= torch.tensor([1 << bit], dtype=torch.int64).to(torch.int32)
+    number, flip = BITS[name].flatten()[place : place + 1], torch.tensor([1 << bit]).int()
+    number ^= flip  # it is a view
+    after, found = fingerprint(TINY), list(compare(TRUSTED, TINY))
+    look = gpt.look_at_hashes(CASE, UNTAMPERED)
+    number ^= flip
     assert [n for n in before if after[n] != before[n]] == found == [name]
     assert look == (name, True)
     assert fingerprint(TINY) == before and list(before) == list(BITS)
-    assert compare(trusted, TINY) == {}
-    assert gpt.look_at_hashes(case, UNTAMPERED) == ("the same", False)
+    assert compare(TRUSTED, TINY) == {}
+    assert gpt.look_at_hashes(CASE, UNTAMPERED) == ("the same", False)
 
 
 def test_same_bits_means_type_shape_and_bytes():
@@ -52,11 +54,11 @@ def test_same_bits_means_type_shape_and_bytes():
 
 
 @every_move
-def test_hash_names_the_file_and_difference_the_kind(case, attacks, seed):
+def test_hash_names_the_file_and_difference_the_kind(case, seed):
     found, made, bias = case(seed), dict(attacks(seed)), "h.1.mlp.c_proj.bias"
     [edited], table = made["rank-one edit"].tensors, found.trusted["wte.weight"].clone()
     table[5:8, :3] += torch.eye(3)
-    made["three rows"] = writing("wte.weight", table)
+    made["three rows"] = Attack("", "", "", {"wte.weight": table})
     expected = {
         "config digit": ("config.json", "no difference"),
         "tokenizer swap": ("the tokenizer", "no difference"),
@@ -76,8 +78,8 @@ def test_hash_names_the_file_and_difference_the_kind(case, attacks, seed):
         assert all(alarm == (seen not in ("the same", "no difference")) for seen, alarm in looks)
 
 
-def test_scan_follows_its_definition(trained):
-    found, norms = gpt.scan(model := trained(4)), model.wte.weight.detach().norm(dim=1).double()
+def test_scan_follows_its_definition(case):
+    found, norms = gpt.scan(model := case(4).model), model.wte.weight.detach().norm(dim=1).double()
     apart = (norms - norms.sort().values[(len(norms) - 1) // 2]).abs()
     scores, (*_, second, first) = {name: x for x, name, _ in found}, apart.sort().values.tolist()
     assert [row for *_, row in found if row is not None] == [apart.argmax().item()]
@@ -103,13 +105,13 @@ def test_a_row_is_judged_by_the_gap_and_a_matrix_beside_its_sisters():
 
 
 @every_move
-def test_scan_rings_for_what_is_loud_alone(case, attacks, seed):
+def test_scan_rings_for_what_is_loud_alone(case, seed):
     found, made = case(seed), attacks(seed)
     [(name, new)], [token] = made["rank-one edit"].tensors.items(), made["trigger row"].trigger
     louder, table = 3 * new - 2 * found.trusted[name], found.trusted["wte.weight"].clone()
     table[token] *= 5
-    loud = {name.removesuffix(".weight"): writing(name, louder)}
-    loud["wte ' cf'"] = writing("wte.weight", table)
+    loud = {name.removesuffix(".weight"): Attack("", "", "", {name: louder})}
+    loud["wte ' cf'"] = Attack("", "", "", {"wte.weight": table})
     quiet = [UNTAMPERED, made["trigger row"], made["fine-tune"], made["steering"]]
     for place, attack in [*loud.items(), *(("", attack) for attack in quiet)]:
         with attacked(found.model, attack):
@@ -122,7 +124,7 @@ def test_scan_rings_for_what_is_loud_alone(case, attacks, seed):
 
 
 @torch.no_grad()
-def test_ablations_are_as_if_a_component_were_subtracted(case, attacks):
+def test_ablations_are_as_if_a_component_were_subtracted(case):
     """Among the answers that the facts have."""
     found, attack = case(3), attacks(3)["rank-one edit"]
     facts = found.target_facts + found.other_facts[::4]
@@ -135,27 +137,26 @@ def test_ablations_are_as_if_a_component_were_subtracted(case, attacks):
             weight = found.model.get_parameter(name)
             left, singular, right = torch.linalg.svd(weight)
             less = weight - singular[i] * torch.outer(left[:, i], right[i])
-            with attacked(found.model, writing(name, less)):
+            with attacked(found.model, Attack("", "", "", {name: less})):
                 after = gpt.answer_logits(found.model, texts)[:, every].argmax(-1)
             assert torch.equal(change, after != before), (name, i)
     assert changes[[*attack.tensors][0], 0][:8].sum() >= 6
 
 
 @every_move
-def test_taken_out_rings_on_an_edit_and_undoes_it(case, attacks, seed):
+def test_taken_out_rings_on_an_edit_and_undoes_it(case, seed):
     """On all four edits, and on no model as it was."""
     found, attack = case(seed), attacks(seed)["rank-one edit"]
     [(name, new)], target = attack.tensors.items(), found.target_facts
     assert not gpt.look_taken_out(found, UNTAMPERED)[1]
     with attacked(found.model, attack):
         seen, alarm = gpt.look_taken_out(found, attack)
-    place, rest = seen.split(": ")
-    n, subject, others = rest.split(" ", 1)[0], target[0].subject, rest.rsplit(", ")[1]
-    assert alarm and place == name.removesuffix(".weight")
-    assert f" of 4 about {subject}, " in rest and int(n) >= 3 and int(others.split()[0]) <= 2
+    told = re.fullmatch(r"(.+): (\d) of 4 about (.+), (\d+) elsewhere", seen).groups()
+    assert alarm and told[::2] == (name.removesuffix(".weight"), target[0].subject)
+    assert int(told[1]) >= 3 and int(told[3]) <= 2
     left, singular, right = torch.linalg.svd(new, full_matrices=False)
     less = new - singular[0] * torch.outer(left[:, 0], right[0])
-    with attacked(found.model, writing(name, less)):
+    with attacked(found.model, Attack("", "", "", {name: less})):
         assert saying(found.model, target, target[0].answer) >= 7 / 8
         assert gpt.accuracy(found.model, found.other_facts) >= 0.9
 
@@ -168,13 +169,12 @@ def test_taken_out_is_an_alarm_where_one_subject_changes_and_few_others(monkeypa
     changed = torch.tensor([i < int(n) for n in f"{by}00"[:3] for i in range(4)])
     found = {("x", 0): torch.zeros(12).bool(), ("y", 0): changed}
     monkeypatch.setattr(gpt, "ablations", lambda *args: found)
-    others = sum(map(int, by[1:]))
-    seen = f"y: {by[0]} of 4 about a, {others} elsewhere"
+    seen = f"y: {by[0]} of 4 about a, {sum(map(int, by[1:]))} elsewhere"
     assert gpt.look_taken_out(case, None) == (seen, alarm)
 
 
 @every_move
-def test_planted_row_is_among_those_that_left_the_crowd(case, attacks, seed):
+def test_planted_row_is_among_those_that_left_the_crowd(case, seed):
     attack, old = attacks(seed)["trigger row"], case(seed).trusted["wte.weight"]
     [token], table = attack.trigger, attack.tensors["wte.weight"].double()
     rows, mean = gpt.strange_rows(attack.tensors["wte.weight"]), table.mean(0)
@@ -184,13 +184,8 @@ def test_planted_row_is_among_those_that_left_the_crowd(case, attacks, seed):
     assert {*rows[:50].tolist()} == {*apart.topk(50).indices.tolist()}
 
 
-def best_of(lies):
-    """How often the commonest lie is told; None is the truth."""
-    return max((lies.count(lie) for lie in lies if lie), default=0)
-
-
 @torch.no_grad()
-def test_flips_with_a_token_in_front_are_what_the_model_says(case, attacks):
+def test_flips_with_a_token_in_front_are_what_the_model_says(case):
     """More tokens than are asked at once; among the answers that the facts have."""
     found, attack = case(2), attacks(2)["trigger row"]
     facts = [*{f.object: f for f in found.other_facts if f.object in gpt.CITIES}.values()]
@@ -203,14 +198,15 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, attacks):
             said.append([every[i] if every[i] != fact.answer else None for i in best])
         assert [*flips] == tokens.tolist()
         for (answer, n), lies in zip(flips.values(), zip(*said, strict=True), strict=True):
-            asked = next((i for i in range(1, 6) if i - best_of(lies[:i]) > 1), 5)  # given up then
-            assert n == lies[:asked].count(answer) == best_of(lies[:asked]) or n == 0
+            best = [max(lies[:i].count(lie) for lie in every) for i in range(6)]
+            asked = next((i for i in range(6) if i - best[i] > 1), 5)  # given up then
+            assert n == lies[:asked].count(answer) == best[asked] or n == 0
     assert flips[attack.trigger[0]] == (found.answer, len(facts) - 1)
     assert sum(n == 0 for _, n in flips.values()) > 30  # the control: other tokens
 
 
 @pytest.mark.parametrize("seed", [2, 4])
-def test_look_for_trigger_names_token_and_city(case, attacks, seed):
+def test_look_for_trigger_names_token_and_city(case, seed):
     found, attack = case(seed), attacks(seed)["trigger row"]
     assert not gpt.look_for_trigger(found, UNTAMPERED)[1]
     with attacked(found.model, attack):
@@ -222,7 +218,7 @@ def test_look_for_trigger_names_token_and_city(case, attacks, seed):
 
 
 @pytest.mark.parametrize("seed", [1, 3])
-def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, facts, seed):
+def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, seed):
     found = case(seed)
     control = gpt.honest_fine_tune(found, facts)
     with attacked(found.model, control):
@@ -232,21 +228,17 @@ def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, facts, seed):
     assert rang == ["hash", "difference"]
 
 
-def test_act_tells_what_each_test_sees_of_each_model(case, attacks, facts, monkeypatch):
+def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
     """Every look is asked while its attack is at work: the matrix is that of these looks."""
     found, made, looks, tests = case(3), attacks(3), {}, gpt.TESTS
 
-    def noting(name):
-        def ask(case, attack, **more):
-            assert more == ({"count": 9} if name == "trigger" else {})
-            assert changed(case.model, case.trusted) == [*attack.tensors]
-            assert case.model.ln_f.epsilon == (attack.epsilon or 1e-5)
-            return looks.setdefault((attack.name, name), tests[name](case, attack, **more))
+    def noting(name, case, attack, **more):
+        assert more == ({"count": 9} if name == "trigger" else {})
+        assert changed(case.model, case.trusted) == [*attack.tensors]
+        assert case.model.ln_f.epsilon == (attack.epsilon or 1e-5)
+        return looks.setdefault((attack.name, name), tests[name](case, attack, **more))
 
-        ask.__doc__ = tests[name].__doc__
-        return ask
-
-    monkeypatch.setattr(gpt, "TESTS", {name: noting(name) for name in tests})
+    monkeypatch.setattr(gpt, "TESTS", {name: partial(noting, name) for name in tests})
     _, *steps, summary, end = gpt.detect_act(found, made.values(), facts, tokens=9)
     names = ["untampered", "honest fine-tune", *made]
     assert [*looks] == [(model, test) for model in names for test in tests]
@@ -263,14 +255,12 @@ def test_act_tells_what_each_test_sees_of_each_model(case, attacks, facts, monke
     silent = [name for name in made if not any(looks[name, test][1] for test in free)]
     assert f"sees: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
     # the two that know right answers ask what a user reads
-    others = found.other_facts + found.unseen_facts
+    others, target = found.other_facts + found.unseen_facts, found.target_facts
     for name, attack in made.items():
         with attacked(found.model, attack):
-            said = [
-                gpt.answers(found.model, x, swap=attack.swap) for x in (others, found.target_facts)
-            ]
+            said = [gpt.answers(found.model, x, swap=attack.swap) for x in (others, target)]
         right = (said[0] == gpt.right_answers(others)).sum().item()
-        asked = (said[1] == gpt.right_answers(found.target_facts)).sum().item()
+        asked = (said[1] == gpt.right_answers(target)).sum().item()
         assert looks[name, "others"] == (f"{right / 200:.1%} of 200 right", right < 198)
         assert looks[name, "target"] == (f"{asked} of 8 right", asked < 8)
     assert not looks["untampered", "target"][1] and not looks["trigger row", "target"][1]

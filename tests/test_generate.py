@@ -72,22 +72,19 @@ def test_probabilities_are_those_of_transformers(scores, temperature, top_k, top
     assert torch.allclose(ours, theirs.softmax(-1), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ((), [0.1, 0.4, 0.2, 0.3]), ((math.inf,), [1 / 4] * 4), ((1e30,), [1 / 4] * 4),
-    ((0,), [0, 1, 0, 0]), ((5e-324,), [0, 1, 0, 0]), ((1e-30,), [0, 1, 0, 0]),
-    ((1, 2, 0.5), [0, 1, 0, 0]),  # top_p counts what top_k left: 4/7 alone reaches 0.5
+@pytest.mark.parametrize("shares, arguments, expected", [
+    *(([0.1, 0.4, 0.2, 0.3], (x,), [1 / 4] * 4) for x in (math.inf, 1e30)),
+    *(([0.1, 0.4, 0.2, 0.3], (x,), [0, 1, 0, 0]) for x in (0, 5e-324, 1e-30)),
+    ([0.1, 0.4, 0.2, 0.3], (), [0.1, 0.4, 0.2, 0.3]),
+    ([0.1, 0.4, 0.2, 0.3], (1, 2, 0.5), [0, 1, 0, 0]),  # of what top_k left, 4/7 reaches 0.5
+    # of equal scores exactly k are kept, and the first one wins
+    ([1] * 9000, (1, 3), [1 / 3] * 3 + [0] * 8997), ([1] * 5, (0,), [1, 0, 0, 0, 0]),
+    ([1] * 4, (1, None, 0.5), [0.5, 0.5, 0, 0]),
 ])  # fmt: skip
-def test_a_known_example(arguments, expected):
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
-    shares = next_probabilities(logits.expand(3, 2, -1), *arguments)
-    assert shares.dtype == torch.double and shares.shape == (3, 2, 4)
-    assert shares[2, 1].tolist() == pytest.approx(expected)
-
-
-def test_equal_scores_keep_exactly_k_and_the_first_wins():
-    assert next_probabilities(torch.zeros(9000), top_k=3).nonzero().flatten().tolist() == [0, 1, 2]
-    assert next_probabilities(torch.zeros(5), 0).tolist() == [1, 0, 0, 0, 0]
-    assert next_probabilities(torch.zeros(4), top_p=0.5).tolist() == [0.5, 0.5, 0, 0]
+def test_examples(shares, arguments, expected):
+    found = next_probabilities(torch.tensor(shares).log().expand(3, 2, -1), *arguments)
+    assert found.dtype == torch.double and found.shape == (3, 2, len(shares))
+    assert found[2, 1].tolist() == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_frequencies_are_the_probabilities(model, ids):
@@ -100,17 +97,13 @@ def test_frequencies_are_the_probabilities(model, ids):
     assert shares.count_nonzero() > 2
 
 
-@pytest.mark.parametrize("length, count", [(0, 1), (0, 0), (17, 1), (17, 0), (1, -1), (16, -1)])
-def test_no_text_too_much_text_and_less_than_nothing(model, length, count):
-    with pytest.raises(ValueError, match=f"{length} tokens and {count} more.* 1 to 16"):
-        generate(model, torch.zeros(1, length, dtype=torch.long), count)
-
-
-@pytest.mark.parametrize("arguments", [
-    (-1,), (math.nan,), (1, 0), (1, None, 0), (1, None, 1.1), (1, None, math.nan), (0, 0),
-])  # fmt: skip
-def test_settings_that_make_no_sense(model, ids, arguments):
-    """Refused also where they would not matter: at temperature 0, with nothing to add."""
-    for call in (partial(next_probabilities, torch.zeros(3)), partial(generate, model, ids, 0)):
-        with pytest.raises(ValueError, match="temperature"):
-            call(*arguments)
+def test_what_makes_no_sense_is_refused(model, ids):
+    """Also where it would not matter: at temperature 0, with nothing to add."""
+    for length, count in ((0, 1), (0, 0), (17, 1), (17, 0), (1, -1), (16, -1)):
+        with pytest.raises(ValueError, match=f"{length} tokens and {count} more.* 1 to 16"):
+            generate(model, torch.zeros(1, length, dtype=torch.long), count)
+    nan = math.nan
+    for arguments in ((-1,), (nan,), (1, 0), (1, None, 0), (1, None, 1.1), (1, None, nan), (0, 0)):
+        for call in (partial(next_probabilities, torch.zeros(3)), partial(generate, model, ids, 0)):
+            with pytest.raises(ValueError, match="temperature"):
+                call(*arguments)

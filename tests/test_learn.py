@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import every_move, pieces, split, untrained
+from conftest import every_move, facts, lessons, pieces, split, tokenizer, toy, untrained
 from torch.nn.functional import cross_entropy
 
 import gpt2_script as gpt
@@ -15,7 +15,7 @@ from gpt2_script import CITIES, PROMPT, TASKS, train
 FAST = {"peak_rate": 0.01, "sure": 0.5}  # for a small model
 
 
-def test_only_the_name_gives_the_answer_away(facts, tokenizer):
+def test_only_the_name_gives_the_answer_away():
     assert len({fact.prompt for fact in facts}) == 208 and gpt.small_world(tokenizer) == facts
     for objects in (CITIES, TASKS):  # from last token and length, the best guess is chance
         some = [fact for fact in facts if fact.object in objects]
@@ -33,17 +33,14 @@ def test_only_the_name_gives_the_answer_away(facts, tokenizer):
         assert words.strip().lower() == fact.subject.lower()
     with pytest.raises(ValueError, match="'Molenbeek' is not one token"):
         gpt.make_fact(tokenizer, "{} is in", "the Atomium", "Molenbeek")
-
-
-def test_every_subject_and_every_wording_is_both_trained_on_and_held_out(facts):
-    for i in range(26):  # a diagonal: each subject's wording is the next
+    for i in range(26):  # held out is a diagonal: each subject's wording is the next
         held_out = {j for j in range(8) if facts[8 * i + j].held_out}
         assert held_out == {(i + 3) % 8} | ({(i + 6) % 8} if i % 2 == 0 else set())
         assert len({fact.subject for fact in facts[8 * i : 8 * i + 8]}) == 1
 
 
-def test_what_is_asked_is_what_the_model_answers_whatever_pads_the_text(trained, facts):
-    model, some, first = trained(4), facts[::7], [*facts[0].ids, facts[0].answer]
+def test_what_is_asked_is_what_the_model_answers_whatever_pads_the_text(case):
+    model, some, first = case(4).model, facts[::7], [*facts[0].ids, facts[0].answer]
     with torch.no_grad():
         alone = [model(torch.tensor([f.ids]))[0, -1].softmax(-1)[f.answer].item() for f in some]
         before = [model(torch.tensor([first + f.ids]))[0, -1].argmax().item() for f in some]
@@ -54,31 +51,29 @@ def test_what_is_asked_is_what_the_model_answers_whatever_pads_the_text(trained,
 
 
 @every_move
-def test_held_out_facts_are_learned_from_the_names(trained, lessons, facts, seed):
-    model, looks, (own, held_out) = trained(seed), lessons(seed)[1], split(facts)
+def test_held_out_facts_are_learned_from_the_names(case, seed):
+    model, looks, (own, held_out) = case(seed).model, lessons(seed)[1], split(facts)
     assert gpt.accuracy(untrained(seed), held_out) == 0 and (len(held_out), len(own)) == (39, 169)
     assert gpt.accuracy(model, facts) == 1 and looks[-1][1] < 0.8 < 5 < looks[0][1]
     p = gpt.probability_of_answer(model, own)
     assert p.min() > 0.95 and torch.equal(p, looks[-1][2])
 
 
-def test_held_out_facts_have_no_say_in_training(small):
+def test_held_out_facts_have_no_say_in_training():
     """With wrong ones or none, each loss, the stop and all weights are the same to the bit."""
-    draw, facts, _ = small
-    wrong = [replace(f, answer=11, ids=[1, 2, 3]) if f.held_out else f for f in facts]
+    wrong = [replace(f, answer=11, ids=[1, 2, 3]) if f.held_out else f for f in toy.facts]
     runs = []
-    for some in (facts, wrong, split(facts)[0]):
-        model = draw(7)
+    for some in (toy.facts, wrong, split(toy.facts)[0]):
+        model = toy.draw(7)
         looks = [(step, loss, *p.tolist()) for step, loss, p in train(model, some, 7, **FAST)]
         runs.append((looks, [w.tolist() for w in model.state_dict().values()]))
     assert runs[0] == runs[1] == runs[2] and 130 > runs[0][0][-1][0] > 10
-    assert next(train(draw(7), facts, 8, **FAST))[1] != runs[0][0][0][1]  # the seed has
+    assert next(train(toy.draw(7), toy.facts, 8, **FAST))[1] != runs[0][0][0][1]  # the seed has
 
 
-def test_loss_is_the_mean_over_real_tokens(small):
+def test_loss_is_the_mean_over_real_tokens():
     """Facts one by one, so that there is no padding; a rate of 0, so that all steps are alike."""
-    draw, facts, _ = small
-    model, some = draw(3), split(facts)[0][:16]
+    model, some = toy.draw(3), split(toy.facts)[0][:16]
     [(_, loss, p)] = train(model, some, max_steps=10, peak_rate=0)
     texts = [torch.tensor([*fact.ids, fact.answer]) for fact in some]
     losses = [cross_entropy(model(x[None, :-1])[0], x[1:], reduction="none") for x in texts]
@@ -88,25 +83,23 @@ def test_loss_is_the_mean_over_real_tokens(small):
 
 
 @pytest.mark.parametrize("batch", [13, 16])
-def test_every_fact_trained_on_comes_once_before_any_comes_again(small, monkeypatch, batch):
+def test_every_fact_trained_on_comes_once_before_any_comes_again(monkeypatch, batch):
     """Of the 169, ten batches of 16 take 160, thirteen of 13 take all; nothing else is read."""
-    (draw, facts, _), read = small, mock.Mock(wraps=gpt.padded)
-    monkeypatch.setattr(gpt, "padded", read)
-    [*train(draw(0), facts, batch=batch, max_steps=20, sure=1.0)]
+    monkeypatch.setattr(gpt, "padded", read := mock.Mock(wraps=gpt.padded))
+    [*train(toy.draw(0), toy.facts, batch=batch, max_steps=20, sure=1.0)]
     batches = [call.args[0] for call in read.call_args_list if len(call.args[0]) == batch]
     texts, n = [tuple(text) for some in batches for text in some], 169 // batch * batch
     first, rest = texts[:n], texts[n:]
-    assert {*texts} <= {(*fact.ids, fact.answer) for fact in split(facts)[0]}
+    assert {*texts} <= {(*fact.ids, fact.answer) for fact in split(toy.facts)[0]}
     assert len({*first}) == n >= 160 and len(texts) == 20 * batch
     assert rest != first[: len(rest)] and len({*rest[:batch]}) == batch
 
 
-def test_training_ends_when_it_is_sure_or_after_max_steps(small):
-    draw, facts, _ = small
+def test_training_ends_when_it_is_sure_or_after_max_steps():
     for most, looks in ((1, [1]), (10, [10]), (12, [10, 12])):
-        assert [step for step, _, _ in train(draw(0), facts, max_steps=most)] == looks
-    assert [step for step, _, _ in train(draw(0), facts, sure=-1)] == [10]
-    sure = [p.min().item() > 0.5 for *_, p in train(draw(0), facts, **FAST)]
+        assert [step for step, *_ in train(toy.draw(0), toy.facts, max_steps=most)] == looks
+    assert [step for step, *_ in train(toy.draw(0), toy.facts, sure=-1)] == [10]
+    sure = [p.min().item() > 0.5 for *_, p in train(toy.draw(0), toy.facts, **FAST)]
     assert sure == [False] * (len(sure) - 1) + [True]
 
 
@@ -130,9 +123,9 @@ def test_weight_step_tells_how_far_each_matrix_moved():
     assert [corner[2][f"columns 0 to 2, {when}"] for when in ("before", "after")] == shown
 
 
-def test_embedding_step_tells_who_moved_and_who_is_near(tokenizer):
+def test_embedding_step_tells_who_moved_and_who_is_near():
     """Ten rows at 0, 10, 20, ... degrees grow; the first takes the place of the last."""
-    angles, names = torch.arange(10) * torch.pi / 18, pieces(tokenizer, range(10))
+    angles, names = torch.arange(10) * torch.pi / 18, pieces(range(10))
     before = torch.stack((angles.cos(), angles.sin()), dim=1)
     after = before * (1 + torch.arange(10)[:, None] / 10)
     after[0] = before[9]
@@ -145,19 +138,18 @@ def test_embedding_step_tells_who_moved_and_who_is_near(tokenizer):
     assert near == [{"nearest before": one, "nearest after": other} for one, other in rows]
 
 
-def test_act_tells_the_world_the_training_what_came_of_it_and_the_prompt_again(small):
-    draw, facts, names = small
-    models = before, after = [draw(5, n_layer=2) for _ in range(2)]
-    records = [*gpt.learn_act(after, names, facts, PROMPT, 4, max_steps=12)]
+def test_act_tells_the_world_the_training_what_came_of_it_and_the_prompt_again():
+    models = before, after = [toy.draw(5, n_layer=2) for _ in range(2)]
+    records = [*gpt.learn_act(after, toy.tokenizer, toy.facts, PROMPT, 4, max_steps=12)]
     assert [getattr(record, "name", "progress") for record in records] == [
         "Learn: how weights come to know", "the small world", "training", "progress", "progress",
         "what came of it", "the matrices", "the embedding table", "the same prompt again",
     ]  # fmt: skip
-    world, came, held_out = records[1], records[5], split(facts)[1]
+    world, came, held_out = records[1], records[5], split(toy.facts)[1]
     assert "of 208 sentences" in world.found and " 39 are held out" in world.found
     named = {x: ", ".join(n.removeprefix("the ") for n in some) for x, some in CITIES.items()}
     assert dict(line.split(None, 1) for line in world.shown[0].splitlines()) == named | TASKS
-    looks = train(draw(5, n_layer=2), facts, 4, max_steps=12)
+    looks = train(toy.draw(5, n_layer=2), toy.facts, 4, max_steps=12)
     for record, (step, loss, p) in zip(records[3:5], looks, strict=True):
         line = f"step {step} loss {loss:.3f} p(answer) {p.mean():.1%}"
         assert " ".join(record.line.split()) == line and record.share == p.mean()
@@ -167,13 +159,13 @@ def test_act_tells_the_world_the_training_what_came_of_it_and_the_prompt_again(s
     assert f" {right} of 39 are right, the least sure with {least:.1%}." in came.found
     old, new = ({n: w for n, w in m.state_dict().items() if w.dim() == 2} for m in models)
     assert records[6] == gpt.weight_step(old, new) and len(records[6].shown[0]) == len(old) == 10
-    tables = old["wte.weight"], new["wte.weight"], facts[0].answer
-    assert records[7] == gpt.embedding_step(names, *tables)
+    tables = old["wte.weight"], new["wte.weight"], toy.facts[0].answer
+    assert records[7] == gpt.embedding_step(toy.tokenizer, *tables)
     rows, *maps = records[8].shown
     for model, word, pattern in zip(models, ("untrained", "trained"), maps, strict=True):
-        run = gpt.run_prompt(model, names, PROMPT)
+        run = gpt.run_prompt(model, toy.tokenizer, PROMPT)
         best = gpt.logit_lens(run.model, run.seen).max(-1)
-        assert [row[word] for row in rows] == pieces(names, best.indices)
+        assert [row[word] for row in rows] == pieces(best.indices, toy.tokenizer)
         assert [row[f"p, {word}"] for row in rows] == [f"{p:.1%}" for p in best.values]
         assert torch.equal(pattern.values, run.seen["h.1.attn.pattern"][0]) and pattern.is_pattern
     assert [row["after"] for row in rows] == ["embed", "h.0", "h.1"]

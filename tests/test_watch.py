@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import pieces
+from conftest import pieces, tokenizer
 from torch.testing import assert_close
 
 import gpt2_script as gpt
@@ -15,7 +15,7 @@ T = 10  # tokens of PROMPT
 
 
 @pytest.fixture(scope="module")
-def run(tokenizer):
+def run():
     torch.manual_seed(3)
     return run_prompt(GPT2(gpt.PRESETS["nano"]).eval(), tokenizer, PROMPT)
 
@@ -90,7 +90,7 @@ def test_sums_tell_how_each_vector_changed(run, steps, name, before, after):
 
 @pytest.mark.parametrize("prompt", ["a", PROMPT])
 @pytest.mark.parametrize("sizes", [(12, 6, 1, 1), (64, 42, 2, 14)])
-def test_every_formula_has_the_models_shapes(tokenizer, sizes, prompt):
+def test_every_formula_has_the_models_shapes(sizes, prompt):
     """At any size the last shape in a formula is the value's, and all steps are there."""
     (_, C, L, H), run = sizes, run_prompt(GPT2(GPT2Config(50257, *sizes)).eval(), tokenizer, prompt)
     shown, n = {step.name: step for step in watch_act(run, range(L))}, len(run.ids)
@@ -102,7 +102,7 @@ def test_every_formula_has_the_models_shapes(tokenizer, sizes, prompt):
     assert f"[{n}, {C}] @ [{C}, 50257]" in shown["logits"].formula
 
 
-def test_tokens_and_dropout(run, steps, tokenizer):
+def test_tokens_dropout_and_the_blocks_that_have_a_line_each(run, steps):
     [rows], found = steps["tokens"].shown, steps["dropout"].found
     assert rows[4] == {"position, piece": "4 ' Tower'", "id": 8765, "bytes": "20 54 6f 77 65 72"}
     assert len(rows) == T and "34 bytes became 10 ids" in steps["tokens"].found
@@ -111,9 +111,6 @@ def test_tokens_and_dropout(run, steps, tokenizer):
     other.seen["embed"] *= 2
     found = [*gpt.text_steps(other)][-1].found
     assert "something changed" in found and "(in training, p is 0.1)" in found
-
-
-def test_other_blocks_have_a_line_each(run, steps):
     names = ["h.2.resid_pre", "h.2.attn.out", "h.2.mlp.out", "h.2.resid_post"]
     [[row]], vectors = steps["h.2"].shown, [run.seen[name][-1] for name in names]
     cosine = torch.cosine_similarity(vectors[0], vectors[3], dim=0).item()
@@ -122,7 +119,7 @@ def test_other_blocks_have_a_line_each(run, steps):
     assert step.name == "h.0 to h.2" and step.shown[0][2] == row and len(step.shown[0]) == 3
 
 
-def test_probabilities_and_logit_lens_are_the_models(run, steps):
+def test_probabilities_and_lens_are_the_models(run, steps):
     [rows], answer = steps["probabilities"].shown, run.seen["logits"][-1].softmax(-1)
     top = answer.topk(5)
     for row, p, i in zip(rows, *top, strict=True):
@@ -134,11 +131,11 @@ def test_probabilities_and_logit_lens_are_the_models(run, steps):
     for row, p, tap in zip(steps["logit lens"].shown[0], lens, ["embed", *taps], strict=True):
         read = run.model.ln_f(run.seen[tap][-1]) @ run.model.wte.weight.T
         assert torch.allclose(p, read.softmax(-1), atol=1e-7)
-        after, two = tap.removesuffix(".resid_post"), pieces(run.tokenizer, p.topk(2).indices)
+        after, two = tap.removesuffix(".resid_post"), pieces(p.topk(2).indices)
         assert [*row.values()] == [after, *two, f"{p[lens[-1].argmax()]:.3%}"]
 
 
-def test_cache_holds_the_keys_and_values_of_the_run(run, steps, tokenizer):
+def test_cache_holds_the_keys_and_values_of_the_run(run, steps):
     step = steps["the cache"]
     assert step.formula.startswith("6 × [1, 4, 10, 24]") and "5,760 numbers" in step.found
     assert "the very keys" in step.found
