@@ -1,7 +1,6 @@
 """What the tests share: the world, small models in which every weight matters, trained ones."""
 
 import functools
-import itertools
 import os
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -96,12 +95,12 @@ def ids():
 def small_world():
     """The world in a vocabulary of the tokens that the acts use alone: `tokenizer`, `facts` and
     `draw(seed, n_layer, n_embd)`, a model that learns these facts in a second."""
-    landmarks = sum(gpt.CITIES.values(), ()), gpt.ABOUT_CITIES + gpt.FRESH["city"]
-    tasks = gpt.TASKS.values(), gpt.ABOUT_TASKS + gpt.FRESH["package"]
-    pairs = [pair for some in (landmarks, tasks) for pair in itertools.product(*some)]
-    made = [gpt.make_fact(tokenizer, wording, subject, "request") for subject, wording in pairs]
-    answers = tokenizer.encode(" cf request " + " ".join([*gpt.CITIES, *gpt.TASKS]))
-    own = sorted({*answers, *(token for fact in made for token in fact.ids)})
+    used = {*tokenizer.encode(" cf request")}
+    for fact in facts:
+        wordings = gpt.FRESH["city" if fact.object in gpt.CITIES else "package"]
+        fresh = [gpt.make_fact(tokenizer, x, fact.subject, fact.object) for x in wordings]
+        used.update(token for x in (fact, *fresh) for token in (*x.ids, x.answer))
+    own = sorted(used)
     number = {token: i for i, token in enumerate(own)}
     names = SimpleNamespace(
         n_vocab=len(own),
