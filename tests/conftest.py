@@ -92,7 +92,7 @@ def ids():
     return torch.tensor([[3, 14, 15, 9, 26], [5, 35, 8, 9, 7]])
 
 
-def small_world():
+def toy_world():
     """The world in a vocabulary of the tokens that the acts use alone: `tokenizer`, `facts` and
     `draw(seed, n_layer, n_embd)`, a model that learns these facts in a second."""
     used = {*tokenizer.encode(" cf request")}
@@ -117,7 +117,7 @@ def small_world():
     return SimpleNamespace(draw=draw, facts=gpt.small_world(names), tokenizer=names)
 
 
-toy = small_world()
+toy = toy_world()
 
 
 def untrained(seed):
