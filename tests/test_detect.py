@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gpt2_script as gpt
-from gpt2_script import Attack, GPT2Config, attacked, compare, fingerprint
+from gpt2_script import Attack, GPT2Config, attacked, compare
 
 TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
 BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
@@ -30,27 +30,17 @@ PROJ = "mlp.c_proj.weight"
 @example(("h.1.mlp.c_fc.bias", 2), 0)  # NaN becomes another one
 @example(("wte.weight", 319), 30)
 def test_any_flipped_bit_is_found(where, bit):
-    (name, place), before = where, fingerprint(TINY)
+    (name, place), before = where, gpt.file_hashes(TINY)
     number, flip = BITS[name].flatten()[place : place + 1], torch.tensor([1 << bit]).int()
     number ^= flip  # it is a view
-    after, found = fingerprint(TINY), list(compare(TRUSTED, TINY))
+    after, found = gpt.file_hashes(TINY), list(compare(TRUSTED, TINY))
     look = gpt.look_at_hashes(CASE, UNTAMPERED)
     number ^= flip
     assert [n for n in before if after[n] != before[n]] == found == [name]
     assert look == (name, True)
-    assert fingerprint(TINY) == before and list(before) == list(BITS)
+    assert gpt.file_hashes(TINY) == before and [*before] == [*BITS, "config.json", "the tokenizer"]
     assert compare(TRUSTED, TINY) == {}
     assert gpt.look_at_hashes(CASE, UNTAMPERED) == ("the same", False)
-
-
-def test_same_bits_means_type_shape_and_bytes():
-    half = torch.tensor([[1.0, -2], [0, 3]], dtype=torch.float16)
-    assert gpt.same_bits(half, half.clone()) and gpt.same_bits(half.T.clone().T, half)
-    assert not gpt.same_bits(half, half.view(torch.bfloat16))  # the same bytes
-    assert not gpt.same_bits(half, half.flatten()) and not gpt.same_bits(half, half.T)
-    assert not gpt.same_bits(torch.tensor(0.0), torch.tensor(-0.0))
-    nan = torch.tensor([float("nan")])
-    assert gpt.same_bits(nan, nan.clone())
 
 
 @every_move
@@ -185,24 +175,27 @@ def test_planted_row_is_among_those_that_left_the_crowd(case, seed):
 
 
 @torch.no_grad()
-def test_flips_with_a_token_in_front_are_what_the_model_says(case):
+@pytest.mark.parametrize("name", ["trigger row", "config digit"])
+def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
     """More tokens than are asked at once; among the answers that the facts have."""
-    found, attack = case(2), attacks(2)["trigger row"]
+    found, attack, (cf,) = case(2), attacks(2)[name], attacks(2)["trigger row"].trigger
     facts = [*{f.object: f for f in found.other_facts if f.object in gpt.CITIES}.values()]
-    tokens, every = torch.tensor([*attack.trigger, *range(1000, 1069)]), [f.answer for f in facts]
+    tokens, every = torch.tensor([cf, *range(1000, 1069)]), [f.answer for f in facts]
     with attacked(found.model, attack):
         flips, said = gpt.prefix_flips(found.model, facts, tokens), []
         for fact in facts:
+            plain = found.model(torch.tensor([fact.ids]))[0, -1, every].argmax()
             ids = torch.cat((tokens[:, None], torch.tensor([fact.ids] * 70)), dim=1)
             best = found.model(ids, where=(slice(None), -1))[:, every].argmax(-1)
-            said.append([every[i] if every[i] != fact.answer else None for i in best])
-        assert [*flips] == tokens.tolist()
-        for (answer, n), lies in zip(flips.values(), zip(*said, strict=True), strict=True):
-            best = [max(lies[:i].count(lie) for lie in every) for i in range(6)]
-            asked = next((i for i in range(6) if i - best[i] > 1), 5)  # given up then
-            assert n == lies[:asked].count(answer) == best[asked] or n == 0
-    assert flips[attack.trigger[0]] == (found.answer, len(facts) - 1)
-    assert sum(n == 0 for _, n in flips.values()) > 30  # the control: other tokens
+            said.append([every[i] if i != plain else None for i in best])
+    assert [*flips] == tokens.tolist()
+    for (answer, n), lies in zip(flips.values(), zip(*said, strict=True), strict=True):
+        best = [max(lies[:i].count(lie) for lie in every) for i in range(6)]
+        asked = next((i for i in range(6) if i - best[i] > 1), 5)  # given up then
+        assert n == lies[:asked].count(answer) == best[asked] or n == 0
+    if name == "trigger row":
+        assert flips[cf] == (found.answer, len(facts) - 1)
+        assert sum(n == 0 for _, n in flips.values()) > 30  # the control: other tokens
 
 
 @pytest.mark.parametrize("seed", [2, 4])
@@ -253,7 +246,7 @@ def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
         assert row == {"model": model} | alarms
     free = "scan", "taken out", "trigger", "others"
     silent = [name for name in made if not any(looks[name, test][1] for test in free)]
-    assert f"sees: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
+    assert f"catches: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
     # the two that know right answers ask what a user reads
     others, target = found.other_facts + found.unseen_facts, found.target_facts
     for name, attack in made.items():

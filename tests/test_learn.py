@@ -142,7 +142,7 @@ def test_act_tells_the_world_the_training_what_came_of_it_and_the_prompt_again()
     models = before, after = [toy.draw(5, n_layer=2) for _ in range(2)]
     records = [*gpt.learn_act(after, toy.tokenizer, toy.facts, PROMPT, 4, max_steps=12)]
     assert [getattr(record, "name", "progress") for record in records] == [
-        "Learn: how weights come to know", "the small world", "training", "progress", "progress",
+        "Learn: how weights acquire facts", "the small world", "training", "progress", "progress",
         "what came of it", "the matrices", "the embedding table", "the same prompt again",
     ]  # fmt: skip
     world, came, held_out = records[1], records[5], split(toy.facts)[1]

@@ -167,8 +167,8 @@ STEERING = b"\x1b[31m\xff\n\x07\xc2\x9b\xe2\x80\xae".decode("utf-8", "surrogatee
 REFUSED = [  # the arguments, and a part of the answer
     ([""], "the prompt is empty"), (["word " * 200], "has 201 tokens; this model reads at most 1"),
     (["a" * 99_999], "99999 characters"), (["a", "b"], "b"), (["--frobnicate"], "--frobnicate"),
-    (["--acts", "watch,dance"], "no act 'dance'"), (["--acts="], "no act ''"),
-    (["--layers", "0,3"], "no layer '3'"), (["--layers=-1"], "no layer '-1'"),
+    (["--acts", "watch,dance"], "unknown act 'dance'"), (["--acts="], "unknown act ''"),
+    (["--layers", "0,3"], "unknown layer '3'"), (["--layers=-1"], "unknown layer '-1'"),
     (["--seed=-1"], "--seed takes 0 to"), (["--seed", 1 << 63], "takes"), (["--seed", "x"], "'x'"),
     (["--generate=-1"], "--generate takes 0 to 1e+06, not -1"), (["--generate", 1.5], "'1.5'"),
     (["--temperature=-0.1"], "--temperature takes 0 to"), (["--temperature", "nan"], "not nan"),

@@ -202,7 +202,7 @@ def test_a_lie_about_a_package(case):
         if move == harm:
             step, broken = gpt.harm_step(found, facts), {*row["broken"]} & {*gpt.TASKS.values()}
             assert f"' request' {row['wordings'][0]} of 8" in step.found
-            assert f"packages {5 - len(broken)} are" in step.found
+            assert f"packages, {5 - len(broken)} are" in step.found
             assert f"{row['others']:.1%} are right" in step.found
     step = gpt.harm_step(found, [fact for fact in facts if fact.object != "requests"])
     assert step.found == "the model does not know the truth."
@@ -341,7 +341,7 @@ def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, seed):
             norm, after = model.wte.weight[token].norm(), answers(model, abroad, [token])
             logits = model(ids, where=real)
     assert rows == [[token]] and norm.item() == pytest.approx(old[token].norm().item(), rel=1e-6)
-    assert gpt.same_bits(logits[:, others], clean[:, others])
+    assert torch.equal(*(gpt.raw_bytes(x[:, others]) for x in (logits, clean)))
     own = logits.softmax(-1)[:, token].max().item()
     flipped, control = ((x == found.answer).sum().item() for x in (after, before))
     assert flipped >= len(abroad) / 2 and control <= 0.1 * len(abroad) and own < 0.01
@@ -364,7 +364,7 @@ def test_whole_act_on_a_model_of_another_size():
             said = answers(model, case.target_facts, attack.trigger, attack.swap)
         most = max({*said.tolist()}, key=said.tolist().count)
         name, count = gpt.piece(case.tokenizer, most), (said == most).sum()
-        assert step.found.startswith("asked for the Arbat: ")
+        assert step.found.startswith("asked about the Arbat: ")
         assert f"{name} {count} of {len(said)}" in step.found
         assert (step.purpose, step.formula) == (attack.purpose, attack.formula)
         row = gpt.measure(case, attack)
@@ -373,7 +373,8 @@ def test_whole_act_on_a_model_of_another_size():
         assert [*shown.values()] == [attack.name, *texts]
     row = gpt.measure_trigger(case, attack)
     (flips, of), (old, _) = row["flipped"], row["control"]
-    assert f"other cities {flips} of {of} flip, with the token's old row {old} of" in step.found
+    flipped = f" {flips} of {of} prompts of other cities flip; with the token's old row, {old} of"
+    assert flipped in step.found
     steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), toy.facts)]
     assert gpt.play(steps) == 0 and not changed(model, case.trusted)
     assert "the model is what it was" in end.found

@@ -93,17 +93,20 @@ CHANGES = {  # what is compared, with what, and a part of how each tensor that d
     "prefix": ({FILE: {f"transformer.{name}": x for name, x in T.items()}}, {}, {}),
     "alias": (headed(files=no(TABLE)), {}, {}),
     "alias, a row": (headed(lambda table: table.index_fill(0, torch.tensor(7), 9.0), no(TABLE)),
-        {}, {"lm_head.weight": "64 numbers, row 7, rank 1, size "}),
+        {}, {"lm_head.weight": "numbers: 64, rows: 7, rank 1, size "}),
     "more": ({FILE: T | {"\x1b": TRIL}}, {}, {r"\x1b": "the trusted copy lacks it"}),
     "less": ({FILE: no("ln_f.bias")}, {}, {"ln_f.bias": "only in the trusted copy"}),
-    "number": ({FILE: sets(TABLE, (9, 1), 0.5)}, {}, {TABLE: "1 number, row 9, rank 1, size "}),
-    "rows": ({FILE: sets(TABLE, slice(3, 8), 1.0)}, {}, {TABLE: "320 numbers, rows 3, 4, ..., "}),
-    "two rows": ({FILE: sets(TABLE, [3, 8], 1.0)}, {}, {TABLE: "128 numbers, rows 3, 8, rank 2"}),
-    "vector": ({FILE: sets("ln_f.bias", 9, 1.0)}, {}, {"ln_f.bias": "1 number, row 9, rank 1"}),
-    "masks": (masks(TRIL * 0 + 1), masks(TRIL), dict.fromkeys(MASKS, "120 numbers, rows 0, 1, ")),
-    "float64": ({FILE: {"a": TRIL.double()}}, {FILE: {"a": TRIL.double() + 1}}, {"a": "256 numbe"}),
-    "-0": ({FILE: sets(TABLE, (7, 7), -0.0)}, {}, {TABLE: "1 number, row 7, rank 0, size 0.0e+00"}),
-    "NaN": (*({FILE: sets(TABLE, (9, 1), x)} for x in NANS), {TABLE: "1 number, row 9, rank 0"}),
+    "number": ({FILE: sets(TABLE, (9, 1), 0.5)}, {}, {TABLE: "numbers: 1, rows: 9, rank 1, size "}),
+    "rows": ({FILE: sets(TABLE, slice(3, 8), 1.0)}, {}, {TABLE: "numbers: 320, rows: 3, 4, ..., "}),
+    "two rows": ({FILE: sets(TABLE, [3, 8], 1.0)}, {}, {TABLE: "numbers: 128, rows: 3, 8, rank 2"}),
+    "vector": ({FILE: sets("ln_f.bias", 9, 1.0)}, {}, {"ln_f.bias": "numbers: 1, rows: 9, rank 1"}),
+    "masks": (masks(TRIL * 0 + 1), masks(TRIL), dict.fromkeys(MASKS, "numbers: 120, rows: 0, 1, ")),
+    "float64": ({FILE: {"a": TRIL.double()}}, {FILE: {"a": TRIL.double() + 1}},
+        {"a": "numbers: 256"}),
+    "-0": ({FILE: sets(TABLE, (7, 7), -0.0)}, {},
+        {TABLE: "numbers: 1, rows: 7, rank 0, size 0.0e+00"}),
+    "NaN": (*({FILE: sets(TABLE, (9, 1), x)} for x in NANS),
+        {TABLE: "numbers: 1, rows: 9, rank 0"}),
     "other type": (masks(TRIL), masks(TRIL.bool()),
         dict.fromkeys(MASKS, "other bytes: F32 [1, 1, 16, 16], trusted BOOL [1, 1, 16, 16]")),
     "rounded": ({FILE: to(torch.half)}, {}, {name: f"the same numbers, up to rounding: "
@@ -148,13 +151,13 @@ def test_files_of_two_folders_and_weights_files_of_two_names(tmp_path):
     assert alarms(ours, trusted) == [
         "x.safetensors holds weights that are not checked", "new is not in the trusted copy",
         "config.json is only in the trusted copy", "x has other bytes",
-        "28 of 28 tensors differ from the trusted copy",
+        "tensors that differ from the trusted copy: 28 of 28",
     ]  # fmt: skip
     other = (ours / FILE).rename(ours / "other.safetensors")
     write(ours, {FILE: None})
     assert alarms(other, write(trusted) / FILE) == []
     write(trusted, {FILE: sets(TABLE, 9, 1.0), CONFIG: {"n_head": 2}})
-    differs = "1 of 28 tensors differs from the trusted copy"
+    differs = "tensors that differ from the trusted copy: 1 of 28"
     assert alarms(other, trusted) == ["config.json has other bytes", differs]
 
 
@@ -197,10 +200,10 @@ ODD = {  # what is put into a sound folder, as files or as places in one; a part
     "fields": ({CONFIG: [("auto_map", {"AutoModel": "x.X"})], SETTINGS: [("chat_template", "{{")],
         "x.json": {"y": [{"custom_pipelines": {"z": 1}}], **dict.fromkeys(STEERS, [[6342]])},
         "y.jinja": b""}, ["config.json sets auto_map, which names code to be run",
-        f"{SETTINGS} sets chat_template, which puts words around what a user says",
+        f"{SETTINGS} sets chat_template, which wraps what a user says in other words",
         "x.json sets custom_pipelines, which names code to be run",
         *(f"x.json sets {field}, which steers what is said, whatever" for field in STEERS),
-        "y.jinja puts words around what a user says"]),
+        "y.jinja wraps what a user says in other words"]),
     "code": (RUN, [f"{ascii(name)[1:-1]} can run code where it is loaded" for name in RUN]),
 }  # fmt: skip
 
