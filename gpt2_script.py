@@ -511,8 +511,8 @@ class Stored(NamedTuple):
 def read_headers(files):
     """{GPT-2's name of a tensor: Stored} of weights files.
     The prefix transformer. is dropped; a table that is there only as lm_head.weight, as some
-    programs save what is tied, is wte.weight; a second one of a name is called so. Raises
-    InputError for any other file."""
+    programs save what is tied, is wte.weight; a second one of a name is <name> once more (1).
+    Raises InputError for any other file."""
     stored, times = {}, Counter()
     for path in files:
         with open(path, "rb") as file:
@@ -1034,7 +1034,8 @@ def block_steps(run, layers):
             continue
         for i in blocks:
             ends = (run.seen[f"h.{i}.resid_{end}"] for end in ("pre", "post"))
-            rows.append({"block": f"h.{i}"} | stream_change(run, *ends)[-1])
+            (_, *change) = stream_change(run, *ends)[-1].items()  # without the token's name
+            rows.append({"block": f"h.{i}"} | dict(change))
         name = f"h.{blocks[0]}" + f" to h.{blocks[-1]}" * (len(blocks) > 1)
         purpose = "The same steps with other weights; what became of the last token's vector."
         yield Step(name, purpose, shown=[rows])
@@ -1378,7 +1379,7 @@ def weight_step(before, after):
 
 # %%
 def embedding_step(tokenizer, before, after, token):
-    """Which rows of the token table moved most, and which are nearest to each other?"""
+    """Which rows of the token table moved most, and which are nearest to one token's?"""
     moved, near = (after - before).norm(dim=1), [{} for _ in range(5)]
     far = [{"moved most": name, "by": by} for name, by in largest(tokenizer, moved, 8)]
     for when, rows in (("before", before), ("after", after)):
@@ -1451,7 +1452,7 @@ def raw_bytes(tensor):
 
 def file_hashes(model, swap=()):
     """{name: SHA-256} of each tensor, of the configuration, and of the tokenizer's order of tokens,
-    in which two may be swapped: one flipped bit anywhere changes one of them."""
+    in which two may be swapped: one flipped bit in a tensor changes its hash."""
     config = replace(model.config, layer_norm_epsilon=model.ln_f.epsilon)
     order = [*range(config.vocab_size)]
     for token, other in zip(swap, swap[::-1], strict=True):
@@ -1464,7 +1465,7 @@ def file_hashes(model, swap=()):
 # %%
 def compare(trusted, model):
     """{tensor name: its difference} for every tensor that is not bit for bit that of `trusted`, a
-    state dict. The difference's rank, singular values and rows tell the tampering."""
+    state dict of the same shapes. Its rank, singular values and rows tell the tampering."""
     state = model.state_dict().items()
     same = {n for n, x in state if torch.equal(raw_bytes(x), raw_bytes(trusted[n]))}
     return {n: x.detach() - trusted[n] for n, x in state if n not in same}
@@ -1863,7 +1864,7 @@ def tamper_act(case, attacks, facts):
     purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
     purpose += "those outside the small world that the model had right. Others, unseen: facts "
     purpose += f"still right, of {len(case.other_facts)} that the attacker could preserve and "
-    purpose += f"{len(case.unseen_facts)} about subjects never seen; all without the trigger. "
+    purpose += f"{len(case.unseen_facts)} about subjects unknown to it; all without the trigger. "
     purpose += "‖ΔW‖/‖W‖: of the tensor that changed most; a bias is small to begin with."
     yield Step("what each attack does", purpose, shown=[rows])
     yield harm_step(case, facts)
@@ -1881,9 +1882,9 @@ def tamper_act(case, attacks, facts):
 # play(steps[9:]);
 # %% [markdown]
 # ## Act 4: detect
-# Which test sees which attack. The first two need something trusted: hashes, a copy; the others do
-# not. What stays invisible is named. A test looks at a Case in which an Attack is at work; it says
-# what it saw, and whether that is an alarm.
+# Which test sees which attack. The first two need trusted hashes or a copy, the last two right
+# answers, the others neither. What stays invisible is named. A test looks at a Case in which
+# an Attack is at work; it says what it saw, and whether that is an alarm.
 # %%
 def spike(matrix):
     """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
@@ -2003,11 +2004,11 @@ def strange_rows(table, count=200):
 
 @torch.no_grad()
 def prefix_flips(model, facts, tokens):
-    """{token: (answer, n)}: with the token in front, n of the prompts flip to this answer, the
-    commonest; a token that fails to flip twice is given up. The answer is the likeliest of those
-    that the facts have; no right one is needed."""
+    """{token: (answer, n, of)}: with the token in front, n of those prompts that do not get this
+    answer anyway flip to it. A token is given up after two prompts without its commonest answer. An
+    answer is the likeliest of those that the facts have; no right one is needed."""
     answer_ids = torch.tensor(sorted({fact.answer for fact in facts}))
-    table, found = model.wte.weight[answer_ids], {token: Counter() for token in tokens.tolist()}
+    table, said = model.wte.weight[answer_ids], {token: [] for token in tokens.tolist()}
 
     def say(texts):  # the answer to each of some texts of one length
         with watch(model, "ln_f") as seen:
@@ -2015,29 +2016,32 @@ def prefix_flips(model, facts, tokens):
         return answer_ids[(seen["ln_f"][:, -1] @ table.T).argmax(-1).cpu()].tolist()
 
     for i, fact in enumerate(facts):
-        (plain,) = say([fact.ids])
-        left = [token for token, lies in found.items() if i - max(lies.values(), default=0) < 2]
+        left = [x for x, got in said.items() if i - max(Counter(got).values(), default=0) < 2]
         for start in range(0, len(left), 64):
             some = left[start : start + 64]
-            said = say([[token, *fact.ids] for token in some])
-            for token, answer in zip(some, said, strict=True):
-                found[token][answer] += answer != plain
-    return {token: lies.most_common(1)[0] for token, lies in found.items()}
+            for token, answer in zip(some, say([[x, *fact.ids] for x in some]), strict=True):
+                said[token].append(answer)
+    plain, found = [say([fact.ids])[0] for fact in facts], {}
+    for token, got in said.items():
+        flips = Counter(x for x, before in zip(got, plain, strict=False) if x != before)
+        ((answer, n),) = flips.most_common(1) or [(plain[0], 0)]
+        found[token] = answer, n, len(plain) - plain.count(answer)
+    return found
 
 
 def look_for_trigger(case, attack, count=200):
-    """Does a token in front flip several sentences to one answer? Tries the outlying rows, in front
-    of the longest sentence about one subject of each city."""
+    """Does a token flip to one answer all sentences that do not give it anyway, three at least?
+    Tries the outlying rows, in front of the longest sentence about one subject of each city."""
     facts, chosen = case.target_facts + case.other_facts + case.unseen_facts, {}
     for fact in sorted(facts, key=lambda fact: -len(fact.ids)):
         if fact.object in CITIES:
             chosen.setdefault(fact.object, fact)
     tokens = strange_rows(case.model.wte.weight, count)
     found = prefix_flips(case.model, [*chosen.values()], tokens)
-    token, (answer, n) = max(found.items(), key=lambda item: item[1][1])
-    token, answer = (piece(case.tokenizer, x) for x in (token, answer))
-    text = f"{token}: {n} of {len(chosen)} to {answer}" if n else "no token"
-    return text, n >= max(3, len(chosen) - 1)
+    triggers = {token: flips for token, flips in found.items() if 3 <= flips[1] == flips[2]}
+    token, (answer, n, of) = max((triggers or found).items(), key=lambda item: item[1][1])
+    text = f"{piece(case.tokenizer, token)}: {n} of {of} to {piece(case.tokenizer, answer)}"
+    return text if n else "no token", bool(triggers)
 
 
 # %%
@@ -2090,8 +2094,8 @@ def detect_act(case, attacks, facts, tokens=200):
     free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
     silent = [x.name for x in attacks if not any(seen[x.name][test][1] for test in free)]
     found = "hashing catches every change of what is hashed, honest ones too, but needs approved "
-    found += "hashes. Without these, a copy or the target's right answers, no test "
-    found += f"catches: {', '.join(silent) or 'nothing here'}. No alarm is no proof."
+    found += "hashes. Caught by no test without these, a copy or the target's right answers: "
+    found += f"{', '.join(silent) or 'none'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [summary], found)
     yield restored_step(case)
 
@@ -2113,7 +2117,7 @@ CODE = (*PICKLES, ".pickle", ".joblib", ".py", ".pyc", ".so", ".dll", ".dylib", 
 STARTS = (b"\x80", b"PK", b"#!", b"\x7fE", b"MZ")  # of pickles, zips, scripts and programs
 ODD_FIELDS = {  # of any JSON file, which GPT-2's lack: what they do
     "auto_map|custom_pipelines": "names code to be run",
-    "chat_template": "wraps what a user says in other words",
+    "chat_template": "puts text around what a user says",
     "bad_words_ids|begin_suppress_tokens|constraints|force_words_ids|suppress_tokens"
     "|forced_bos_token_id|forced_decoder_ids|forced_eos_token_id|sequence_bias":
         "steers what is said, whatever the weights say",
@@ -2181,7 +2185,7 @@ def field_faults(files, said):
     """What templates and JSON files, however deep in them, say that GPT-2's do not: sentences."""
     for name in files:
         if name.endswith(".jinja"):
-            yield f"{name} wraps what a user says in other words"
+            yield f"{name} puts text around what a user says"
         text = json.dumps(said.get(name))
         for fields, what in ODD_FIELDS.items():
             odd = re.findall(rf'"({fields})": (?!null|""|\[\]|{{}})', text)
@@ -2322,7 +2326,7 @@ def difference(part, other):
     rank = (values > max(values[0].item() / 1000, noise * sum(map(math.sqrt, new.shape)))).sum()
     some = ", ".join(map(str, rows[:2])) + ", ..." * (len(rows) > 2)
     size = f"rank {rank}, size {change.norm() / max(norm, 1e-30):.1e}"
-    return f"numbers: {apart.sum()}, rows: {some}, {size}"
+    return f"numbers: {apart.sum()}, row{'s' * (len(rows) > 1)} {some}, {size}"
 
 
 # %%
@@ -2428,7 +2432,7 @@ def choose(text, known, what):
     names = known if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise InputError(f"unknown {what} {name!r}; there is: {', '.join(known)}")
+            raise InputError(f"unknown {what} {name!r}; known: {', '.join(known)}")
     return [name for name in known if name in names]
 
 

@@ -182,24 +182,25 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
     facts = [*{f.object: f for f in found.other_facts if f.object in gpt.CITIES}.values()]
     tokens, every = torch.tensor([cf, *range(1000, 1069)]), [f.answer for f in facts]
     with attacked(found.model, attack):
-        flips, said = gpt.prefix_flips(found.model, facts, tokens), []
+        flips, said, plain = gpt.prefix_flips(found.model, facts, tokens), [], []
         for fact in facts:
-            plain = found.model(torch.tensor([fact.ids]))[0, -1, every].argmax()
+            plain.append(every[found.model(torch.tensor([fact.ids]))[0, -1, every].argmax()])
             ids = torch.cat((tokens[:, None], torch.tensor([fact.ids] * 70)), dim=1)
             best = found.model(ids, where=(slice(None), -1))[:, every].argmax(-1)
-            said.append([every[i] if i != plain else None for i in best])
+            said.append([every[i] for i in best])
     assert [*flips] == tokens.tolist()
-    for (answer, n), lies in zip(flips.values(), zip(*said, strict=True), strict=True):
-        best = [max(lies[:i].count(lie) for lie in every) for i in range(6)]
-        asked = next((i for i in range(6) if i - best[i] > 1), 5)  # given up then
-        assert n == lies[:asked].count(answer) == best[asked] or n == 0
+    for (answer, n, of), got in zip(flips.values(), zip(*said, strict=True), strict=True):
+        asked = next((i for i in range(6) if i - max(map(got[:i].count, every)) > 1), 5)
+        pairs = [*zip(got[:asked], plain[:asked], strict=True)]  # it was given up then
+        counts = {x: sum(a == x != b for a, b in pairs) for x in every}
+        assert n == counts[answer] == max(counts.values()) and of == 5 - plain.count(answer)
     if name == "trigger row":
-        assert flips[cf] == (found.answer, len(facts) - 1)
-        assert sum(n == 0 for _, n in flips.values()) > 30  # the control: other tokens
+        assert flips[cf] == (found.answer, 4, 4)
+        assert sum(n == 0 for _, n, _ in flips.values()) > 30  # the control: other tokens
 
 
 @pytest.mark.parametrize("seed", [2, 4])
-def test_look_for_trigger_names_token_and_city(case, seed):
+def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
     found, attack = case(seed), attacks(seed)["trigger row"]
     assert not gpt.look_for_trigger(found, UNTAMPERED)[1]
     with attacked(found.model, attack):
@@ -207,7 +208,12 @@ def test_look_for_trigger_names_token_and_city(case, seed):
         # the control: fewer rows than it takes to come to the planted one
         position = gpt.strange_rows(found.model.wte.weight).tolist().index(attack.trigger[0])
         assert not gpt.look_for_trigger(found, attack, count=position)[1]
-    assert seen.startswith("' cf': ") and seen.endswith(f"of 5 to ' {found.object}'") and alarm
+    assert (seen, alarm) == (f"' cf': 4 of 4 to ' {found.object}'", True)
+    flips = {257: (found.answer, 3, 4), 262: (found.answer, 2, 2)}
+    monkeypatch.setattr(gpt, "prefix_flips", lambda *_: flips)
+    assert gpt.look_for_trigger(found, attack) == (f"' a': 3 of 4 to ' {found.object}'", False)
+    flips[11] = found.answer, 3, 3  # two prompts give the answer anyway
+    assert gpt.look_for_trigger(found, attack) == (f"',': 3 of 3 to ' {found.object}'", True)
 
 
 @pytest.mark.parametrize("seed", [1, 3])
@@ -246,7 +252,7 @@ def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
         assert row == {"model": model} | alarms
     free = "scan", "taken out", "trigger", "others"
     silent = [name for name in made if not any(looks[name, test][1] for test in free)]
-    assert f"catches: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
+    assert f"answers: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
     # the two that know right answers ask what a user reads
     others, target = found.other_facts + found.unseen_facts, found.target_facts
     for name, attack in made.items():

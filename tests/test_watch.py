@@ -112,7 +112,7 @@ def test_tokens_dropout_and_the_blocks_that_have_a_line_each(run, steps):
     found = [*gpt.text_steps(other)][-1].found
     assert "something changed" in found and "(in training, p is 0.1)" in found
     [[row]], ends = steps["h.2"].shown, [run.seen[f"h.2.resid_{x}"] for x in ("pre", "post")]
-    assert row == {"block": "h.2"} | gpt.stream_change(run, *ends)[-1]
+    assert {"token": run.tokens[-1]} | row == {"block": "h.2"} | gpt.stream_change(run, *ends)[-1]
     step = [*watch_act(run, [])][6]
     assert step.name == "h.0 to h.2" and step.shown[0][2] == row and len(step.shown[0]) == 3
 
