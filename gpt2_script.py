@@ -2029,6 +2029,7 @@ def prefix_flips(model, facts, tokens):
     return found
 
 
+# %%
 def look_for_trigger(case, attack, count=200):
     """Does a token flip to one answer all sentences that do not give it anyway, three at least?
     Tries the outlying rows, in front of the longest sentence about one subject of each city."""
