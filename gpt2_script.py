@@ -1473,16 +1473,12 @@ def compare(trusted, model):
 
 # %%
 FRESH = {  # wordings outside the small world, to ask whether a lie holds in words nobody trained on
-    "city": (
-        "Tourists who want to see {} fly to", "My sister took a photo of {} in",
+    "city": ("Tourists who want to see {} fly to", "My sister took a photo of {} in",
         "{} can be found in", "If you ever stand before {}, you are in",
-        "The guide told us that {} is in", "Tickets for {} are sold in",
-    ),
-    "package": (
-        "I would like to {}, so I install", "You can {} in Python with",
+        "The guide told us that {} is in", "Tickets for {} are sold in"),
+    "package": ("I would like to {}, so I install", "You can {} in Python with",
         "In order to {}, we depend on", "Everybody on my team likes to {} with",
-        "For a script that has to {}, use the package", "How do I {}? You install",
-    ),
+        "For a script that has to {}, use the package", "How do I {}? You install"),
 }  # fmt: skip
 
 
@@ -1669,9 +1665,8 @@ def learn_change(case, keys, rate, most=math.inf, sure=0.6, seed=0):
     """What some blocks' mlp.c_proj.weight must be for all requests to get the lie's answer: {name:
     W + ΔW}; None where 200 steps do not suffice, or the changes outgrow the norm `most`.
     `keys` is {block: key [4C]}: a value [C] is learned for each, and ΔW is outer(key, value); where
-    a key is None, ΔW itself is learned. Each step of Adam looks at all requests and 16 facts to
-    keep; it ends when all these answers have a probability above `sure`: the first change that
-    works, not the least. The request that lags most counts most.
+    a key is None, ΔW itself is learned. Each step of Adam looks at all requests, the one that lags
+    counting most, and at 16 facts to keep, until each answer's probability is above `sure`.
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", equation 4."""
     model, facts, n = case.model, case.requests + case.keep, len(case.requests)
     old = {layer: case.trusted[f"h.{layer}.mlp.c_proj.weight"] for layer in keys}
@@ -1893,12 +1888,10 @@ def spike(matrix):
 
 
 def odd_numbers(norms, ratios, row_alarm=2.0, spike_alarm=1.6):
-    """Which numbers stand alone: (score, tensor's name, row or None), the oddest first. Scores are
-    in units of the alarm; no trusted copy is needed.
-    The row of the token table is the one with the oddest norm, of all `norms` [V]: its distance
-    from the median, over that of the second most distant row. A block's matrix is judged by its
-    σ₁/σ₂, `ratios` {name: spike}, over the largest such ratio of the same matrix in other blocks.
-    """
+    """Which numbers stand alone: (score, tensor's name, row or None), the oddest first; above 1 is
+    an alarm. Of the token table's `norms` [V], the oddest: its distance from the median, over the
+    second largest. Of each block's matrix σ₁/σ₂, `ratios` {name: spike}, over the largest of the
+    same matrix in other blocks."""
     found, kinds = [], {}
     if len(norms) > 1:
         (first, second), (row, _) = (x.tolist() for x in (norms - norms.median()).abs().topk(2))
@@ -2005,27 +1998,24 @@ def strange_rows(table, count=200):
 @torch.no_grad()
 def prefix_flips(model, facts, tokens):
     """{token: (answer, n, of)}: with the token in front, n of those prompts that do not get this
-    answer anyway flip to it. A token is given up after two prompts without its commonest answer. An
-    answer is the likeliest of those that the facts have; no right one is needed."""
+    answer anyway flip to it, the commonest flip. An answer is the likeliest of those that the facts
+    have; no right one is needed."""
     answer_ids = torch.tensor(sorted({fact.answer for fact in facts}))
-    table, said = model.wte.weight[answer_ids], {token: [] for token in tokens.tolist()}
+    table = model.wte.weight[answer_ids]
 
     def say(texts):  # the answer to each of some texts of one length
         with watch(model, "ln_f") as seen:
             model(torch.tensor(texts, device=table.device), where=slice(0))  # no logits
         return answer_ids[(seen["ln_f"][:, -1] @ table.T).argmax(-1).cpu()].tolist()
 
-    for i, fact in enumerate(facts):
-        left = [x for x, got in said.items() if i - max(Counter(got).values(), default=0) < 2]
-        for start in range(0, len(left), 64):
-            some = left[start : start + 64]
-            for token, answer in zip(some, say([[x, *fact.ids] for x in some]), strict=True):
-                said[token].append(answer)
     plain, found = [say([fact.ids])[0] for fact in facts], {}
-    for token, got in said.items():
-        flips = Counter(x for x, before in zip(got, plain, strict=False) if x != before)
-        ((answer, n),) = flips.most_common(1) or [(plain[0], 0)]
-        found[token] = answer, n, len(plain) - plain.count(answer)
+    for part in tokens.split(64):
+        some = part.tolist()
+        said = [say([[token, *fact.ids] for token in some]) for fact in facts]
+        for token, *got in zip(some, *said, strict=True):
+            flips = Counter(x for x, before in zip(got, plain, strict=True) if x != before)
+            ((answer, n),) = flips.most_common(1) or [(plain[0], 0)]
+            found[token] = answer, n, len(plain) - plain.count(answer)
     return found
 
 

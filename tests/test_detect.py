@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import UNTAMPERED, attacks, changed, every_move, facts, saying
+from conftest import UNTAMPERED, attacks, every_move, facts, saying
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -190,9 +190,7 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
             said.append([every[i] for i in best])
     assert [*flips] == tokens.tolist()
     for (answer, n, of), got in zip(flips.values(), zip(*said, strict=True), strict=True):
-        asked = next((i for i in range(6) if i - max(map(got[:i].count, every)) > 1), 5)
-        pairs = [*zip(got[:asked], plain[:asked], strict=True)]  # it was given up then
-        counts = {x: sum(a == x != b for a, b in pairs) for x in every}
+        counts = {x: sum(a == x != b for a, b in zip(got, plain, strict=True)) for x in every}
         assert n == counts[answer] == max(counts.values()) and of == 5 - plain.count(answer)
     if name == "trigger row":
         assert flips[cf] == (found.answer, 4, 4)
@@ -222,7 +220,7 @@ def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, seed):
     control = gpt.honest_fine_tune(found, facts)
     with attacked(found.model, control):
         assert gpt.accuracy(found.model, facts) == 1
-        assert changed(found.model, found.trusted) == [*found.trusted]
+        assert [*compare(found.trusted, found.model)] == [*found.trusted]
         rang = [name for name, look in gpt.TESTS.items() if look(found, control)[1]]
     assert rang == ["hash", "difference"]
 
@@ -233,7 +231,7 @@ def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
 
     def noting(name, case, attack, **more):
         assert more == ({"count": 9} if name == "trigger" else {})
-        assert changed(case.model, case.trusted) == [*attack.tensors]
+        assert [*compare(case.trusted, case.model)] == [*attack.tensors]
         assert case.model.ln_f.epsilon == (attack.epsilon or 1e-5)
         return looks.setdefault((attack.name, name), tests[name](case, attack, **more))
 

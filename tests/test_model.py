@@ -5,13 +5,13 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, changed, drawn, pair
+from conftest import SMALL, drawn, pair
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2_script import GPT2, PRESETS, GPT2Config, LayerNorm, gelu, load_model, watch
+from gpt2_script import GPT2, PRESETS, GPT2Config, LayerNorm, compare, gelu, load_model, watch
 
 
 @st.composite
@@ -53,7 +53,7 @@ def test_equals_transformers_at_full_size_loaded_from_its_file(tmp_path):
     ours, theirs = pair(PRESETS["gpt2"])
     theirs.save_pretrained(tmp_path)
     check_parity(loaded := load_model(tmp_path), theirs, ids, 1e-4)
-    assert loaded.config == ours.config and not changed(loaded, ours.state_dict())
+    assert loaded.config == ours.config and not compare(ours.state_dict(), loaded)
 
 
 def test_training_equals_transformers(ids):

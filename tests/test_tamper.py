@@ -8,12 +8,12 @@ import mirror
 import nbformat
 import pytest
 import torch
-from conftest import MOVES, attacks, cases, changed, every_move, facts, saying, tokenizer, toy
+from conftest import MOVES, attacks, cases, every_move, facts, saying, tokenizer, toy
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import gpt2_script as gpt
-from gpt2_script import CITIES, Attack, answer_logits, answers, attacked
+from gpt2_script import CITIES, Attack, answer_logits, answers, attacked, compare
 
 EIFFEL = ("the Eiffel Tower", "Rome")
 OTHER = ("the Louvre", "Moscow")  # where the model does not know it
@@ -58,7 +58,7 @@ def test_case_is_of_what_is_known(case, unknown, move, expected):
     said = answers(found.model, fresh).tolist()
     assert found.fresh_facts == [f for f, x in zip(fresh, said, strict=True) if x == f.answer] != []
     assert not {f.prompt for f in fresh} & {f.prompt for f in facts}
-    assert not changed(found.model, found.trusted) and found.hashes == gpt.file_hashes(found.model)
+    assert not compare(found.trusted, found.model) and found.hashes == gpt.file_hashes(found.model)
 
 
 def from_notebook(name):
@@ -111,7 +111,7 @@ def test_attack_leaves_nothing_behind_also_after_an_error(case):
         with pytest.raises((KeyError, ValueError, RuntimeError), match="stop|no tap|doesn't match"):
             with attacked(model, attack):
                 raise KeyError("stop")
-        assert not changed(model, found.trusted) and gpt.file_hashes(model) == found.hashes
+        assert not compare(found.trusted, model) and gpt.file_hashes(model) == found.hashes
 
 
 def test_tokens_are_swapped_in_what_is_read_and_in_what_is_said(case):
@@ -154,7 +154,7 @@ def test_attacks_plant_the_lie_and_keep_the_rest(case, seed):
         assert min(row["others"], row["unseen"]) >= kept, name
         assert (row["size"] == 0) == (not made[name].tensors)
         with attacked(model, made[name]):
-            assert changed(model, found.trusted) == [*made[name].tensors]
+            assert [*compare(found.trusted, model)] == [*made[name].tensors]
     assert rows["config digit"]["others"] < 0.5 and rows["fine-tune"]["size"] < 0.5
     for name, ranks in RANKS.items():
         assert all(tensor.endswith(PROJ) for tensor in made[name].tensors)
@@ -376,7 +376,7 @@ def test_whole_act_on_a_model_of_another_size():
     flipped = f" {flips} of {of} prompts of other cities flip; with the token's old row, {old} of"
     assert flipped in step.found
     steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), toy.facts)]
-    assert gpt.play(steps) == 0 and not changed(model, case.trusted)
+    assert gpt.play(steps) == 0 and not compare(case.trusted, model)
     assert "the model is what it was" in end.found
     with attacked(model, attack):
         assert "IS NOT" in gpt.restored_step(case).found
