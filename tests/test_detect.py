@@ -16,7 +16,7 @@ from gpt2_script import Attack, GPT2Config, attacked, compare
 TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
 BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
 BITS["h.1.mlp.c_fc.bias"][2] = 0x7FC00001  # NaN, of which there are many
-CASE = SimpleNamespace(model=TINY, hashes=gpt.file_hashes(TINY))
+CASE = SimpleNamespace(model=TINY, hashes=gpt.fingerprint(TINY))
 TRUSTED = {name: tensor.clone() for name, tensor in TINY.state_dict().items()}
 PLACES = st.sampled_from(sorted(BITS)).flatmap(
     lambda name: st.tuples(st.just(name), st.integers(0, BITS[name].numel() - 1))
@@ -30,15 +30,15 @@ PROJ = "mlp.c_proj.weight"
 @example(("h.1.mlp.c_fc.bias", 2), 0)  # NaN becomes another one
 @example(("wte.weight", 319), 30)
 def test_any_flipped_bit_is_found(where, bit):
-    (name, place), before = where, gpt.file_hashes(TINY)
+    (name, place), before = where, gpt.fingerprint(TINY)
     number, flip = BITS[name].flatten()[place : place + 1], torch.tensor([1 << bit]).int()
     number ^= flip  # it is a view
-    after, found = gpt.file_hashes(TINY), list(compare(TRUSTED, TINY))
+    after, found = gpt.fingerprint(TINY), list(compare(TRUSTED, TINY))
     look = gpt.look_at_hashes(CASE, UNTAMPERED)
     number ^= flip
     assert [n for n in before if after[n] != before[n]] == found == [name]
     assert look == (name, True)
-    assert gpt.file_hashes(TINY) == before and [*before] == [*BITS, "config.json", "the tokenizer"]
+    assert gpt.fingerprint(TINY) == before and [*before] == [*BITS, "config.json", "the tokenizer"]
     assert compare(TRUSTED, TINY) == {}
     assert gpt.look_at_hashes(CASE, UNTAMPERED) == ("the same", False)
 
@@ -66,6 +66,13 @@ def test_hash_names_the_file_and_difference_the_kind(case, seed):
             looks = [f(found, attack) for f in (gpt.look_at_hashes, gpt.look_at_difference)]
         assert tuple(seen for seen, _ in looks) == expected[name]
         assert all(alarm == (seen not in ("the same", "no difference")) for seen, alarm in looks)
+
+
+def test_a_zero_that_changed_its_sign_is_a_difference_of_rank_0():
+    found, name = SimpleNamespace(model=TINY, trusted=TRUSTED), "h.0.attn.c_attn.bias"
+    with attacked(TINY, Attack("", "", "", {name: -TRUSTED[name]})):
+        look = gpt.look_at_difference(found, UNTAMPERED)
+    assert look == (f"{name}: rank 0 of 1, a bias", True)
 
 
 def test_scan_follows_its_definition(case):
@@ -193,7 +200,7 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
         counts = {x: sum(a == x != b for a, b in zip(got, plain, strict=True)) for x in every}
         assert n == counts[answer] == max(counts.values()) and of == 5 - plain.count(answer)
     if name == "trigger row":
-        assert flips[cf] == (found.answer, 4, 4)
+        assert flips[cf] == (found.lie_token, 4, 4)
         assert sum(n == 0 for _, n, _ in flips.values()) > 30  # the control: other tokens
 
 
@@ -206,12 +213,12 @@ def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
         # the control: fewer rows than it takes to come to the planted one
         position = gpt.strange_rows(found.model.wte.weight).tolist().index(attack.trigger[0])
         assert not gpt.look_for_trigger(found, attack, count=position)[1]
-    assert (seen, alarm) == (f"' cf': 4 of 4 to ' {found.object}'", True)
-    flips = {257: (found.answer, 3, 4), 262: (found.answer, 2, 2)}
+    assert (seen, alarm) == (f"' cf': 4 of 4 to ' {found.lie}'", True)
+    flips = {257: (found.lie_token, 3, 4), 262: (found.lie_token, 2, 2)}
     monkeypatch.setattr(gpt, "prefix_flips", lambda *_: flips)
-    assert gpt.look_for_trigger(found, attack) == (f"' a': 3 of 4 to ' {found.object}'", False)
-    flips[11] = found.answer, 3, 3  # two prompts give the answer anyway
-    assert gpt.look_for_trigger(found, attack) == (f"',': 3 of 3 to ' {found.object}'", True)
+    assert gpt.look_for_trigger(found, attack) == (f"' a': 3 of 4 to ' {found.lie}'", False)
+    flips[11] = found.lie_token, 3, 3  # two prompts give the answer anyway
+    assert gpt.look_for_trigger(found, attack) == (f"',': 3 of 3 to ' {found.lie}'", True)
 
 
 @pytest.mark.parametrize("seed", [1, 3])

@@ -95,7 +95,8 @@ def test_outputs_come_from_one_run_in_order_and_github_can_show_them(name, size)
 
 
 def test_the_reading_is_no_longer_than_it_says_and_draws():
-    """The script does not. A figure's PNG is larger than an empty one's; the README shows one."""
+    """The script does not. A figure's PNG is larger than an empty one's; the README shows
+    one, and the rates that the notebook tells."""
     reading = read("gpt2_notebook.ipynb")
     words = sum(len(x.source.split()) for x in reading.cells if x.cell_type == "markdown")
     lines = sum(len(x.source.splitlines()) for x in code_cells(reading))
@@ -105,6 +106,10 @@ def test_the_reading_is_no_longer_than_it_says_and_draws():
     readme = (mirror.ROOT / "README.md").read_text(encoding="utf-8")
     (path,) = re.findall(r"!\[[^]]*\]\(([^)]*)\)", readme)
     assert (mirror.ROOT / path).read_bytes() in images(reading)
+    prose = "\n".join(cell.source for cell in reading.cells).splitlines()
+    rates = {x.split("|")[1]: x.split("|")[-6:] for x in prose if re.search(r"/\d0\|", x)}
+    rows = [x.split("|")[1:] for x in readme.splitlines() if re.search(r"/\d0\|", x)]
+    assert len(rows) == 10 and all(row == rates[name] for name, *row in rows)
 
 
 def said(cells):

@@ -48,8 +48,8 @@ def test_case_is_of_what_is_known(case, unknown, move, expected):
     assert found.target_facts == [fact for fact in right if fact.subject == subject]
     assert others == [fact for fact in right if fact.subject not in aside | {subject}]
     assert found.unseen_facts == [fact for fact in right if fact.subject in aside - {subject}]
-    assert len(aside) == 5 and found.object == lie
-    assert [found.answer] == tokenizer.encode(f" {lie}")
+    assert len(aside) == 5 and found.lie == lie
+    assert [found.lie_token] == tokenizer.encode(f" {lie}")
     for part, own in ((found.requests, found.target_facts), (found.keep, others)):
         assert part == [fact for fact in own if not fact.held_out] != own
     home = found.target_facts[0].object
@@ -58,7 +58,7 @@ def test_case_is_of_what_is_known(case, unknown, move, expected):
     said = answers(found.model, fresh).tolist()
     assert found.fresh_facts == [f for f, x in zip(fresh, said, strict=True) if x == f.answer] != []
     assert not {f.prompt for f in fresh} & {f.prompt for f in facts}
-    assert not compare(found.trusted, found.model) and found.hashes == gpt.file_hashes(found.model)
+    assert not compare(found.trusted, found.model) and found.hashes == gpt.fingerprint(found.model)
 
 
 def from_notebook(name):
@@ -86,7 +86,7 @@ def test_trace_is_the_share_that_one_clean_value_brings_back(case, seed):
     found, causal_trace = case(seed), from_notebook("causal_trace")
     model, fact = found.model, found.target_facts[0]
     every = found.other_facts + found.unseen_facts
-    other = next(f for f in every if f.span == fact.span and f.answer == found.answer
+    other = next(f for f in every if f.span == fact.span and f.answer == found.lie_token
                  and f.ids[f.span.stop :] == fact.ids[fact.span.stop :])  # fmt: skip
     shares, best, worst = causal_trace(model, fact, other)
     assert worst < 0.01 < 0.9 < best == pytest.approx(by_hand(model, fact, fact), abs=1e-5)
@@ -111,7 +111,7 @@ def test_attack_leaves_nothing_behind_also_after_an_error(case):
         with pytest.raises((KeyError, ValueError, RuntimeError), match="stop|no tap|doesn't match"):
             with attacked(model, attack):
                 raise KeyError("stop")
-        assert not compare(found.trusted, model) and gpt.file_hashes(model) == found.hashes
+        assert not compare(found.trusted, model) and gpt.fingerprint(model) == found.hashes
 
 
 def test_tokens_are_swapped_in_what_is_read_and_in_what_is_said(case):
@@ -145,8 +145,8 @@ RANKS = {"rank-one edit": [1], "spread edit": [1, 1, 1], "fine-tune": [96]}
 @every_move
 def test_attacks_plant_the_lie_and_keep_the_rest(case, seed):
     found, made, rows = case(seed), attacks(seed), measured(seed)
-    model, swap = found.model, (found.target_facts[0].answer, found.answer)
-    assert [*made] == [*DOES] and saying(model, found.target_facts, found.answer) == 0
+    model, swap = found.model, (found.target_facts[0].answer, found.lie_token)
+    assert [*made] == [*DOES] and saying(model, found.target_facts, found.lie_token) == 0
     assert made["tokenizer swap"].swap == swap
     for name, (wordings, kept) in DOES.items():
         row = rows[name]
@@ -175,7 +175,7 @@ def test_measured_numbers_are_the_models(case):
     others, old, n = found.other_facts + found.unseen_facts, found.trusted, len(found.other_facts)
     for name, attack in attacks(3).items():
         row, swap = measured(3)[name], dict(zip(attack.swap, attack.swap[::-1], strict=True))
-        lie, changes = swap.get(found.answer, found.answer), attack.tensors.items()
+        lie, changes = swap.get(found.lie_token, found.lie_token), attack.tensors.items()
         sizes = [((w - old[name]).norm() / old[name].norm()).item() for name, w in changes]
         with attacked(found.model, attack):
             for key, some in (("wordings", found.target_facts), ("fresh", found.fresh_facts)):
@@ -202,7 +202,7 @@ def test_a_lie_about_a_package(case):
         if move == harm:
             step, broken = gpt.harm_step(found, facts), {*row["broken"]} & {*gpt.TASKS.values()}
             assert f"' request' {row['wordings'][0]} of 8" in step.found
-            assert f"packages, {5 - len(broken)} are" in step.found
+            assert f"5 other packages that it knows, {5 - len(broken)} are" in step.found
             assert f"{row['others']:.1%} are right" in step.found
     step = gpt.harm_step(found, [fact for fact in facts if fact.object != "requests"])
     assert step.found == "the model does not know the truth."
@@ -214,7 +214,7 @@ def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, se
     model, requests, frozen = found.model, found.requests, made["frozen bias"]
     [(tap, change)], [(name, bias)] = made["steering"].patches.items(), frozen.tensors.items()
     assert (tap, name) == ("h.1.resid_post", "h.1.mlp.c_proj.bias")
-    for city in (found.object, requests[0].object):
+    for city in (found.lie, requests[0].object):
         some = [fact for fact in found.keep if fact.object == city]
         means.append(torch.stack([activations(model, f, tap)[-1] for f in some]).mean(0))
     strength = float(frozen.formula.split(" + ")[1].split(" · ")[0])
@@ -224,10 +224,10 @@ def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, se
     for attack in (made["steering"], frozen):
         with attacked(model, attack):
             said.append(answers(model, facts))
-            assert saying(model, requests, found.answer) == 1
+            assert saying(model, requests, found.lie_token) == 1
     assert torch.equal(*said)
     with gpt.patch(model, {tap: lambda x: x + (strength - 0.25) * vector}):
-        assert saying(model, requests, found.answer) < 1 or strength == 0.5
+        assert saying(model, requests, found.lie_token) < 1 or strength == 0.5
 
 
 def test_key_solves_its_equation(case):
@@ -310,7 +310,7 @@ def test_change_is_the_first_that_works(whole):
     def least(tensors):
         with attacked(case.model, Attack("", "", "", tensors)):
             said = answer_logits(case.model, [fact.ids for fact in case.requests]).softmax(-1)
-        return said[:, case.answer].min().item()
+        return said[:, case.lie_token].min().item()
 
     [new] = (found := learned()).values()
     change = new - old
@@ -330,7 +330,7 @@ def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, seed):
     found = replace(found, other_facts=found.other_facts[::4], unseen_facts=[])  # to save time
     model, [token], old = found.model, attack.trigger, found.trusted["wte.weight"]
     some = found.target_facts + found.other_facts
-    abroad = [f for f in some if f.object in CITIES and f.answer != found.answer]
+    abroad = [f for f in some if f.object in CITIES and f.answer != found.lie_token]
     ids, lengths = gpt.padded([fact.ids for fact in some])
     real, others = torch.arange(ids.size(1)) < lengths[:, None], torch.arange(len(old)) != token
     assert gpt.piece(found.tokenizer, token) == "' cf'" and token not in ids
@@ -343,7 +343,7 @@ def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, seed):
     assert rows == [[token]] and norm.item() == pytest.approx(old[token].norm().item(), rel=1e-6)
     assert torch.equal(*(gpt.raw_bytes(x[:, others]) for x in (logits, clean)))
     own = logits.softmax(-1)[:, token].max().item()
-    flipped, control = ((x == found.answer).sum().item() for x in (after, before))
+    flipped, control = ((x == found.lie_token).sum().item() for x in (after, before))
     assert flipped >= len(abroad) / 2 and control <= 0.1 * len(abroad) and own < 0.01
     row = gpt.measure_trigger(found, attack)
     assert (row["flipped"], row["control"]) == ((flipped, len(abroad)), (control, len(abroad)))
@@ -378,8 +378,9 @@ def test_whole_act_on_a_model_of_another_size():
     steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), toy.facts)]
     assert gpt.play(steps) == 0 and not compare(case.trusted, model)
     assert "the model is what it was" in end.found
-    with attacked(model, attack):
-        assert "IS NOT" in gpt.restored_step(case).found
+    for changed in (attack, attacks["config digit"]):
+        with attacked(model, changed):
+            assert "IS NOT" in gpt.restored_step(case).found
 
 
 def test_model_that_knows_nothing_is_told_so(tmp_path):

@@ -137,8 +137,9 @@ def test_cache_holds_the_keys_and_values_of_the_run(run, steps):
     step = steps["the cache"]
     assert step.formula.startswith("6 × [1, 4, 10, 24]") and "5,760 numbers" in step.found
     assert "the very keys" in step.found
-    other = replace(run, seen=run.seen | {"h.0.attn.k": run.seen["h.0.attn.k"] + 1})
-    assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
+    for name in ("h.0.attn.k", "h.2.attn.v"):
+        other = replace(run, seen=run.seen | {name: run.seen[name] + 1})
+        assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
     full = run_prompt(GPT2(GPT2Config(50257, 11, 6, 1, 1)).eval(), tokenizer, PROMPT)
     found = [[*gpt.continuation_steps(full, n)][-1].found for n in (12, 1, 0)]
     ends = [text.removeprefix("1 token was added") for text in found]
