@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from other_seeds import chapters_to_4
 from safetensors.torch import save_file
 
 from gpt2_script import GPT2, GPT2Config
@@ -110,6 +111,12 @@ def test_the_reading_is_no_longer_than_it_says_and_draws():
     rates = {x.split("|")[1]: x.split("|")[-6:] for x in prose if re.search(r"/\d0\|", x)}
     rows = [x.split("|")[1:] for x in readme.splitlines() if re.search(r"/\d0\|", x)]
     assert len(rows) == 10 and all(row == rates[name] for name, *row in rows)
+
+
+def test_chapter_4_can_be_run_with_another_seed():
+    code = chapters_to_4(5)
+    assert "manual_seed(5)\nuntrained" in code and "train(model, world, 5, " in code
+    assert compile(code, "chapters 1 to 4", "exec") and "## 5" not in code
 
 
 def said(cells):
