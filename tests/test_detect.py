@@ -257,7 +257,7 @@ def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
         assert row == {"model": model} | alarms
     free = "scan", "taken out", "trigger", "others"
     silent = [name for name in made if not any(looks[name, test][1] for test in free)]
-    assert f"answers: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
+    assert f"caught: {', '.join(silent)}. No alarm is no proof." in summary.found and silent
     # the two that know right answers ask what a user reads
     others, target = found.other_facts + found.unseen_facts, found.target_facts
     for name, attack in made.items():
