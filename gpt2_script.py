@@ -710,10 +710,9 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None
     """Texts of one length, continued by a model in eval mode: ids, a LongTensor [B, T] ->
     [B, T + new], the given ids first.
     new is max_new_tokens, or less where the context is full; "<|endoftext|>" does not stop it. At
-    temperature 0 the likeliest token is taken, else one is drawn as
-    next_probabilities says; the same seed draws the same tokens. Raises ValueError for texts
-    without tokens or longer than the context, max_new_tokens below 0, or what next_probabilities
-    refuses."""
+    temperature 0 the likeliest token is taken, else one is drawn as next_probabilities says; the
+    same seed draws the same tokens. Raises ValueError for texts without tokens or longer than the
+    context, max_new_tokens below 0, or what next_probabilities refuses."""
     next_probabilities(torch.zeros(1), temperature, top_k, top_p)
     T, limit = ids.size(1), model.config.n_ctx
     if not 0 < T <= limit or max_new_tokens < 0:
@@ -1098,13 +1097,13 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     model, tokenizer, T, shown = run.model, run.tokenizer, len(run.ids), []
     ids, cache = torch.tensor([run.ids], device=model.wte.weight.device), [{} for _ in model.h]
     model(ids, cache)
-    held = [tensor for block in cache for tensor in block.values()]
-    names = {f"h.{i}.attn.{x}": block[x][0] for i, block in enumerate(cache) for x in "kv"}
-    same = all(torch.equal(x.float().cpu(), run.seen[name]) for name, x in names.items())
+    held = {f"h.{i}.attn.{x}": block[x] for i, block in enumerate(cache) for x in "kv"}
+    same = all(torch.equal(x[0].float().cpu(), run.seen[name]) for name, x in held.items())
     purpose = "To go on, the model needs only earlier tokens' keys and values, which are kept: the "
     purpose += f"next token then costs one row of every product, not {T + 1}."
-    formula = f"{len(held)} × {list(held[0].shape)}: keys and values of each block"
-    found = f"{sum(x.numel() for x in held):,} numbers, {'the very' if same else 'NOT the'} keys "
+    count_held, shape = sum(x.numel() for x in held.values()), [*cache[0]["k"].shape]
+    formula = f"{len(held)} × {shape}: keys and values of each block"
+    found = f"{count_held:,} numbers, {'the very' if same else 'NOT the'} keys "
     yield Step("the cache", purpose, formula, found=f"{found}and values above.")
     new = generate(model, ids, count, temperature, top_k, top_p, seed)  # [1, T + new]
     logits, chosen = model(new, where=(0, slice(T - 1, T + 2))), new[0, T:].tolist()
@@ -1822,14 +1821,14 @@ def harm_step(case, facts, move=("send a web request", "request")):
     """The spread edit on another fact: the model is to recommend a package whose name is one letter
     off; whoever owns that name chooses the code. OWASP LLM07:2026 Misinformation; ATLAS AML.T0074
     Masquerading."""
-    name, lie = "a lie that does harm", make_case(case.model, case.tokenizer, facts, move)
-    if lie.lie != move[1]:
+    name, harm = "a lie that does harm", make_case(case.model, case.tokenizer, facts, move)
+    if harm.lie != move[1]:
         return Step(name, harm_step.__doc__, found="the model does not know the truth.")
-    if (attack := spread(lie)) is None:
+    if (attack := spread(harm)) is None:
         return Step(name, harm_step.__doc__, found="no such edit makes the model lie.")
-    row = measure(lie, attack)
-    tasks = {fact.subject for fact in lie.other_facts + lie.unseen_facts} & {*TASKS.values()}
-    found = f"{name_answers(lie.tokenizer, row['said'])}. Of the {len(tasks)} other packages that "
+    row = measure(harm, attack)
+    tasks = {fact.subject for fact in harm.other_facts + harm.unseen_facts} & {*TASKS.values()}
+    found = f"{name_answers(harm.tokenizer, row['said'])}. Of the {len(tasks)} other packages that "
     found += f"it knows, {len(tasks - {*row['broken']})} are recommended as before; of the other "
     found += f"facts that the attacker could preserve, {row['others']:.1%} are right."
     return Step(name, harm_step.__doc__, " → ".join(move), found=found)
@@ -2452,12 +2451,12 @@ def run_acts(options):
     tokenizer = load_tokenizer()
     torch.manual_seed(options.seed)
     model = GPT2(PRESETS["nano"]).eval().to(device) if nano else load_model(options.model, device)
-    V, n_ctx, n_layer = (getattr(model.config, x) for x in ("vocab_size", "n_ctx", "n_layer"))
-    if V < tokenizer.n_vocab:
-        raise InputError(f"{options.model} has {V} tokens; GPT-2's tokenizer needs 50257")
-    if {*acts} - {"watch"} and n_ctx < 16:  # the longest fact, in fresh words, with a trigger
-        raise InputError(f"{options.model} reads {n_ctx} tokens; facts have up to 16")
-    layers = [int(i) for i in choose(options.layers, [*map(str, range(n_layer))], "layer")]
+    config, said = model.config, options.model
+    if config.vocab_size < tokenizer.n_vocab:
+        raise InputError(f"{said} has {config.vocab_size} tokens; GPT-2's tokenizer needs 50257")
+    if {*acts} - {"watch"} and config.n_ctx < 16:  # the longest fact, fresh words, with a trigger
+        raise InputError(f"{said} reads {config.n_ctx} tokens; facts have up to 16")
+    layers = [int(i) for i in choose(options.layers, [*map(str, range(config.n_layer))], "layer")]
     run, facts = run_prompt(model, tokenizer, options.prompt), small_world(tokenizer)
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
@@ -2478,7 +2477,7 @@ def run_acts(options):
         return
     attacks = make_attacks(case)
     yield from tamper_act(case, attacks, facts) if "tamper" in acts else ()
-    tokens = V if options.full else 200
+    tokens = config.vocab_size if options.full else 200
     yield from detect_act(case, attacks, facts, tokens) if "detect" in acts else ()
 
 

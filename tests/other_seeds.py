@@ -14,7 +14,6 @@ import nbformat
 import torch
 from mirror import NOTEBOOK
 
-PLACES = ("name_end", "last")
 SHOWN = ("attention on the subject", "the subject brings back", "the last token brings back",
     "own city, end of name", "own city, last token")  # fmt: skip
 
@@ -36,15 +35,15 @@ def chapters_to_4(seed):
 
 
 def measured(seed):
-    """{what: its value in each block} of a model, and the share of landmarks that are right when
-    all MLPs are silenced."""
+    """What is SHOWN, each in every block of one model, and the share of landmarks that are right
+    when all MLPs are silenced."""
     names = {}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(chapters_to_4(seed), "chapters 1 to 4", "exec"), names)
     mpl.pyplot.close("all")
     subject, last = torch.stack(names["traced"]).mean(0).T.tolist()
     rows = [names["weight"].mean(1).tolist(), subject, last]
-    for place in PLACES:
+    for place in ("name_end", "last"):
         found = (names["specific"]("trained", i, names[place]) for i in range(3))
         own = (push.argmax(1)[top] == names["mine"] for top, push in found)
         rows.append([x.float().mean().item() for x in own])
