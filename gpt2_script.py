@@ -1978,8 +1978,8 @@ def ablations(model, facts, count=3):
 
 
 def look_taken_out(case, attack):
-    """Which answers change when a matrix's largest components are taken out, one at a time? It has
-    to ask about the attacked subject; an alarm where most about one change, and few others."""
+    """Which answers change when a matrix's largest components are taken out, one at a time? Asks
+    about the attacked subject too; an alarm where most about one subject change, few others."""
     count = max(1, 9 // case.model.config.n_layer)  # of each matrix: 3 of three, 1 of twelve
     facts = (case.target_facts + case.other_facts + case.unseen_facts)[::2]
     asked, best = Counter(fact.subject for fact in facts), (-math.inf, 0, "", "")
