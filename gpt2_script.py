@@ -169,9 +169,8 @@ class CausalSelfAttention(nn.Module):
 
 # %%
 def gelu(x):
-    """A smooth gate: about x where x is large, about 0 where it is very negative; any shape.
-    Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", the approximation with tanh.
-    """
+    """A nonlinearity: about x where x is large, about 0 where it is very negative; any shape.
+    Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", the form with tanh."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

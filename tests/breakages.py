@@ -123,7 +123,7 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
 
 def run_tests(script, tests):
     """pytest's exit status (1: some failed) and output, on a copy with this text as the script."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-qx", "-n0", "-p", "no:cacheprovider", *tests]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "tests", f"{folder}/tests")
         shutil.copy(ROOT / "pyproject.toml", folder)

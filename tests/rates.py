@@ -1,8 +1,8 @@
 """What each attack does and what each test sees, on other models and other lies.
 
-python tests/rates.py [DRAWS [FIRST]]: that many trained models (20), from a seed on (100), a lie of
-its own for each, then honest models of other kinds. About half a minute each. Prints medians, worst
-cases and rates. The edits' key was chosen on seeds 100 to 119.
+python tests/rates.py [DRAWS [FIRST]]: that many trained models (20), from a seed on (100), a random
+city lie for each, then honest models of other kinds. About half a minute each. Prints medians,
+worst cases and rates. The edits' key was chosen on seeds 100 to 119.
 """
 
 import random

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import gpt2_script as gpt
 from gpt2_script import Attack, GPT2Config, attacked, compare
 
+pytestmark = pytest.mark.xdist_group("trained models")  # in one process, which trains them once
 TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
 BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
 BITS["h.1.mlp.c_fc.bias"][2] = 0x7FC00001  # NaN, of which there are many

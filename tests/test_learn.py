@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 import gpt2_script as gpt
 from gpt2_script import CITIES, PROMPT, TASKS, train
 
+pytestmark = pytest.mark.xdist_group("trained models")  # in one process, which trains them once
 FAST = {"peak_rate": 0.01, "sure": 0.5}  # for a small model
 
 

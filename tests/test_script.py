@@ -66,6 +66,7 @@ def default_run(tmp_path_factory):
     return printed
 
 
+@pytest.mark.xdist_group("default run")
 def test_default_run_is_four_acts_in_plain_text(default_run, run):
     assert "\x1b" not in default_run and max(map(cell_len, default_run.splitlines())) <= 80
     acts = re.findall(r"^─+ (Watch|Learn|Tamper|Detect): .* ─+$", default_run, re.MULTILINE)
@@ -110,6 +111,7 @@ def test_a_terminal_of_40_columns_without_unicode_or_locale():
     assert max(map(len, printed.splitlines())) <= 40 and "[50257, 96] ? [" in printed
 
 
+@pytest.mark.xdist_group("default run")
 @pytest.mark.parametrize("options, sign", [(["-X", "importtime"], "torch"), ([], "step  20")])
 def test_ctrl_c_ends_it_quietly(options, sign, default_run):
     """From the first import on; a shell reports an end by signal 2 as status 130."""

@@ -17,6 +17,7 @@ from gpt2_script import CITIES, Attack, answer_logits, answers, attacked, compar
 
 EIFFEL = ("the Eiffel Tower", "Rome")
 OTHER = ("the Louvre", "Moscow")  # where the model does not know it
+pytestmark = pytest.mark.xdist_group("trained models")  # in one process, which trains them once
 PROJ = "mlp.c_proj.weight"
 
 
