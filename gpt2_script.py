@@ -1831,7 +1831,7 @@ def tamper_act(case, attacks, facts):
             row = measure_trigger(case, attack)
             flipped, old = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
             found += f" {flipped} prompts of other cities flip; with the token's old row, {old}. "
-            found += f"Not typed, it has a probability of at most {row['own']:.2%}, and every other "
+            found += f"Not typed, it is at most {row['own']:.2%} likely, and every other "
             found += f"logit {'is' if row['same'] else 'IS NOT'} bit for bit what it was."
         yield Step(attack.name, attack.purpose, attack.formula, found=found)
     purpose = f"Wordings, fresh: prompts about the target that say {case.lie}, of its 8 and of "
