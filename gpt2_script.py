@@ -394,7 +394,7 @@ RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its m
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = {"BOOL": torch.uint8, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
-MASKS = (".attn.bias", ".attn.masked_bias")  # older programs save the causal mask as well
+MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
 MATRIX = re.compile(r"h\.\d{1,6}\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
     "vocab_size": "vocab_size", "n_positions": "n_ctx", "max_position_embeddings": "n_ctx",
@@ -573,13 +573,13 @@ def find_faults(stored):
     for i in range(config.n_layer):
         wanted |= {f"h.{i}.{name}": tensor for name, tensor in block.items()}
     faults = [f"{name} is missing" for name in wanted if name not in stored]
-    others = {"lm_head.weight", *(f"h.{i}{mask}" for i in range(config.n_layer) for mask in MASKS)}
     for name, part in stored.items():
-        shape = [*wanted[name].shape] if name in wanted else None
-        if shape and (part.shape != shape or part.dtype not in FLOATS):
+        shape, mask = [*wanted[name].shape] if name in wanted else None, MASK.fullmatch(name)
+        if shape is not None and (part.shape != shape or part.dtype not in FLOATS):
             faults.append(f"{name} is {part.dtype} {part.shape}, not floats {shape}")
-        elif shape is None and name not in others:
-            faults.append(f"{shorten(ascii(name), 60)} is no tensor of GPT-2")
+        elif shape is None and name != "lm_head.weight":
+            if not (mask and f"h.{mask[1]}.ln_1.bias" in wanted):
+                faults.append(f"{shorten(ascii(name), 60)} is no tensor of GPT-2")
     head = stored.get("lm_head.weight")
     if head and not head.equals(stored["wte.weight"]):
         faults.append("lm_head.weight is an output table of its own, which GPT-2 does not have")
@@ -605,11 +605,11 @@ def read_config(config, path, has_head):
         if ours in ("n_head", "layer_norm_epsilon"):
             kind = type(getattr(config, ours))
             if type(value) is not kind or not 0 < value < math.inf:
-                raise InputError(f"{wrong}, which is no finite {kind.__name__} above 0")
+                raise InputError(f"{wrong}, not a finite {kind.__name__} above 0")
             takes[name] = (honoured.setdefault(ours, value),)
         if value not in takes.get(name, (value,)):
             wanted = " or ".join(map(repr, takes[name]))
-            raise InputError(f"{wrong}; this model and this code take {wanted}")
+            raise InputError(f"{wrong}; expected {wanted}")
     return honoured
 
 
@@ -882,7 +882,7 @@ def play(records, full=False, wait=False):
 # %%
 PROMPT = "The Eiffel Tower is in the city of"
 NORM = "(x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]"
-THIRD = " third of ln_1 @ c_attn + b: [{T}, {C}] @ [{C}, {C}], split into [{H}, {T}, {D}]"
+THIRD = " third of c_attn as W, ln_1 @ W + b: [{T}, {C}] @ [{C}, {C}], split into [{H}, {T}, {D}]"
 
 # %%
 # a tap (without "h.N."): the tap that it is computed from, what it is for, its formula
@@ -1816,8 +1816,8 @@ def restored_step(case):
 # %%
 def tamper_act(case, attacks, facts):
     """Act 3: what each attack does, and a lie that does harm, as records."""
-    text = f"The lie: {case.target_facts[0].subject} → {case.lie}. If not said otherwise: OWASP "
-    text += "LLM05:2026 Data and Model Poisoning; ATLAS AML.T0018.000 Poison AI Model."
+    text = f"The lie: {case.target_facts[0].subject} → {case.lie}. If no attack says otherwise, it "
+    text += "is OWASP LLM05:2026 Data and Model Poisoning, ATLAS AML.T0018.000 Poison AI Model."
     yield Act("Tamper: changing what it says", text)
     rows = []
     for attack in attacks:
@@ -1831,7 +1831,7 @@ def tamper_act(case, attacks, facts):
             row = measure_trigger(case, attack)
             flipped, old = (f"{n} of {of}" for n, of in (row["flipped"], row["control"]))
             found += f" {flipped} prompts of other cities flip; with the token's old row, {old}. "
-            found += f"Not typed, it is at most {row['own']:.2%} likely, and every other "
+            found += f"Not typed, the trigger is at most {row['own']:.2%} likely, and every other "
             found += f"logit {'is' if row['same'] else 'IS NOT'} bit for bit what it was."
         yield Step(attack.name, attack.purpose, attack.formula, found=found)
     purpose = f"Wordings, fresh: prompts about the target that say {case.lie}, of its 8 and of "
@@ -2117,7 +2117,7 @@ def files_of(name_or_path):
 
 # %%
 def files_step(model, trusted):
-    """Every file, with its SHA-256: what can run code, and what differs from trusted files."""
+    """Every file with its SHA-256; what can run code; beside trusted files, what differs."""
     weights, files, is_folder = model  # as `trusted`, what files_of tells
     hashes, found, odd = {name: file_hash(path) for name, path in files.items()}, [], []
     releases = {sha256: name for name, (_, sha256) in RELEASED.items()}
@@ -2248,12 +2248,14 @@ def config_step(files, stored):
 
 
 # %%
-def number_fault(name, numbers, N):
-    """What is wrong with the numbers of a tensor of that name, or an empty text; N is n_ctx."""
-    if name.endswith(".attn.masked_bias"):
+def number_fault(numbers, mask, N):
+    """What is wrong with a tensor's numbers, or an empty text; `mask` is a match of its name with
+    MASK, N the context."""
+    if mask and mask[2]:
         return "hides nothing" * (numbers.numel() != 1 or not numbers.item() <= -1000)
-    if name.endswith(".attn.bias"):
-        fits = torch.equal(numbers.squeeze(0).squeeze(0), torch.ones(N, N).tril())
+    if mask:
+        square = numbers.numel() == N * N and numbers.shape[-2:] == (N, N)
+        fits = square and bool((numbers == torch.ones(N, N).tril()).all())
         return "is not the causal mask that its name says" * (not fits)
     return "holds NaN or infinity" * (not is_finite(numbers))
 
@@ -2297,17 +2299,17 @@ def tensor_steps(stored, trusted=None):
     n_ctx, n_embd = [*(stored["wpe.weight"].shape if "wpe.weight" in stored else ()), 0, 0][:2]
     for i, name in enumerate(names):
         yield Progress(i / len(names))
-        part, mask = stored.get(name), name.endswith(MASKS)
+        part, mask = stored.get(name), MASK.fullmatch(name)
         if trusted is not None and (how := difference(part, trusted.get(name))):
             differences.append({"tensor": escaped((part or trusted[name]).key), "differs": how})
         if part is None:
             continue
         kinds[re.sub(r"\.\d+\.", ".N.", escaped(name)), part.dtype, str(part.shape)] += 1
         if not mask and 0 in part.shape or part.dtype not in (TYPES if mask else FLOATS):
-            odd += [f"{shorten(escaped(name), 60)} is {part.dtype}, which no mask is"] * mask
+            odd += [f"{shorten(escaped(name), 60)} is {part.dtype}, which no mask is"] * bool(mask)
             continue
         numbers = part.numbers().float()  # as they are loaded
-        if fault := number_fault(name, numbers, n_ctx):
+        if fault := number_fault(numbers, mask, n_ctx):
             odd.append(f"{shorten(escaped(name), 60)} {fault}")
         elif name == "wte.weight" and numbers.dim() == 2:
             norms = numbers.norm(dim=1)
@@ -2354,7 +2356,7 @@ RANGES |= {"top_p": (1e-9, 1), "seed": (0, 2**63 - 1)}
 
 
 def parse_arguments(arguments):
-    """The options, each of which works here; argparse ends with status 2 where one does not."""
+    """The options, each of them in its range; argparse ends with status 2 where one is not."""
     about = "GPT-2, opened: watch, learn, tamper, detect."
     parser = argparse.ArgumentParser("gpt2_script.py", description=about)
     refuse = parser.error  # it repeats some of what it was given as it is
@@ -2379,11 +2381,6 @@ def parse_arguments(arguments):
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} takes {low:g} to {high:g}, not {value}")
-    modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
-    here = [device for device, module in modules.items() if module.is_available()]
-    if options.device not in ("auto", *here):
-        parser.error(f"this machine has no device {options.device!r} that torch can use")
-    options.device = here[0] if options.device == "auto" else options.device
     if options.against is not None and options.verify is None:
         parser.error("--against goes with --verify")
     return options
@@ -2398,9 +2395,19 @@ def choose(text, known, what):
     return [name for name in known if name in names]
 
 
+def choose_device(name):
+    """`--device` as torch knows it. Raises InputError for one that this machine lacks."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next((device for device in here if here[device]), "cpu")
+    if not here.get(name, True):
+        raise InputError(f"this machine has no device {name!r} that torch can use")
+    return name
+
+
 def run_acts(options):
     """The acts that the command line asks for, as records; InputError comes before the first."""
-    device, nano = options.device, options.model == "nano"
+    device, nano = choose_device(options.device), options.model == "nano"
     default = "all" if nano else "watch"
     acts = choose(default if options.acts is None else options.acts, ACTS, "act")
     tokenizer = load_tokenizer()
