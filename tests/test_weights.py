@@ -254,7 +254,8 @@ def test_time_is_linear_in_the_number_of_tensors(tmp_path):
         write(tmp_path, {FILE: dict.fromkeys(names, torch.ones(1, 1))})
         start = time.process_time()
         sentence = f"of {n} blocks many tensors are missing"
-        assert sentence in refusal(tmp_path) and sentence in "".join(alarms(tmp_path))
+        assert sentence in refusal(tmp_path) and time.process_time() - start < 1
+        assert sentence in "".join(alarms(tmp_path))
         seconds.append(time.process_time() - start)
     assert seconds[1] < 8 * seconds[0]
 
