@@ -48,7 +48,6 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -392,8 +391,7 @@ RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its m
         "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = {"BOOL": torch.uint8, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
+FLOATS = "F64", "F32", "F16", "BF16"  # as a file's header spells them
 MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
 MATRIX = re.compile(r"h\.\d{1,6}\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
@@ -485,31 +483,21 @@ def find_weights(name_or_path):
 
 # %%
 class Stored(NamedTuple):
-    """One tensor as the header of a weights file describes it."""
+    """One tensor of a weights file, as its header describes it."""
 
-    file: Path
+    file: safe_open
     key: str  # its name there
     dtype: str  # as the header spells it: F32, BF16, I8
     shape: list
-    start: int  # where its bytes are in the file
-    size: int  # how many there are
 
-    def bytes(self):
-        """Its bytes, read from the file, as a tensor."""
-        content = torch.empty(self.size, dtype=torch.uint8)
-        with open(self.file, "rb") as file:
-            file.seek(self.start)
-            file.readinto(content.numpy())
-        return content
-
-    def numbers(self):
-        """Its numbers, read from the file, where its dtype is one of the TYPES."""
-        return self.bytes().view(TYPES[self.dtype]).view(self.shape)
+    def tensor(self):
+        """Its numbers, which stay where the file is mapped until they are read."""
+        return self.file.get_tensor(self.key)
 
     def equals(self, other):
         """Whether another one is of the same type and shape and holds the same bytes."""
         alike = self.dtype == other.dtype and self.shape == other.shape
-        return alike and torch.equal(self.bytes(), other.bytes())
+        return alike and torch.equal(raw_bytes(self.tensor()), raw_bytes(other.tensor()))
 
 
 # %%
@@ -523,20 +511,18 @@ def read_headers(files):
             start = file.read(9)  # the header's length, then the header, which is JSON
             size = int.from_bytes(start[:8], "little")
             try:
-                safe_open(path, "pt")  # the library refuses whatever is not sound
+                numbers = safe_open(path, "pt")  # the library refuses whatever is not sound
                 header = json.loads(start[8:] + file.read(size - 1), object_pairs_hook=list)
             except (SafetensorError, ValueError) as error:
                 what = "cut short or damaged" if start[8:] == b"{" else "no safetensors file"
                 raise InputError(f"{path} is {what if start else 'empty'}") from error
-        for key, pairs in header:  # as pairs, for a name may stand there twice
+        for key, _ in header:  # as pairs, for a name may stand there twice
             if key == "__metadata__":
                 continue
             if (name := key.removeprefix("transformer.")) in stored:
                 raise InputError(f"{path} holds a second {shorten(ascii(name), 60)}")
-            entry = dict(pairs)
-            first, end = entry["data_offsets"]
-            place = 8 + size + first, end - first
-            stored[name] = Stored(path, key, entry["dtype"], entry["shape"], *place)
+            part = numbers.get_slice(key)
+            stored[name] = Stored(numbers, key, part.get_dtype(), part.get_shape())
     if "wte.weight" not in stored and "lm_head.weight" in stored:
         stored["wte.weight"] = stored.pop("lm_head.weight")
     return stored
@@ -650,10 +636,7 @@ def load_model(name_or_path, device="cpu", n_head=None):
     config = configure(stored, files[0], release, n_head)
     with torch.device("meta"):  # the numbers are the file's: none are drawn or kept twice
         model = GPT2(config)
-    tensors = {}
-    for file in files:
-        tensors |= load_file(file)
-    weights = {name: tensors[stored[name].key].float() for name in model.state_dict()}
+    weights = {name: stored[name].tensor().float() for name in model.state_dict()}
     for name, weight in weights.items():
         if not is_finite(weight):
             raise InputError(f"{files[0]}: {name} holds NaN or infinity")
@@ -2272,7 +2255,7 @@ def difference(part, other):
     types = f"{part.dtype} {part.shape}, trusted {other.dtype} {other.shape}"
     if part.shape != other.shape or not {part.dtype, other.dtype} <= {*FLOATS}:
         return f"other bytes: {types}"
-    new, old = part.numbers(), other.numbers()
+    new, old = part.tensor(), other.tensor()
     fine = torch.promote_types(new.dtype, old.dtype)
     coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if torch.equal(raw_bytes(new.to(coarse)), raw_bytes(old.to(coarse))):
@@ -2305,10 +2288,12 @@ def tensor_steps(stored, trusted=None):
         if part is None:
             continue
         kinds[re.sub(r"\.\d+\.", ".N.", escaped(name)), part.dtype, str(part.shape)] += 1
-        if not mask and 0 in part.shape or part.dtype not in (TYPES if mask else FLOATS):
-            odd += [f"{shorten(escaped(name), 60)} is {part.dtype}, which no mask is"] * bool(mask)
+        if mask and part.dtype not in (*FLOATS, "BOOL", "U8"):
+            odd.append(f"{shorten(escaped(name), 60)} is {part.dtype}, which no mask is")
             continue
-        numbers = part.numbers().float()  # as they are loaded
+        if not mask and (0 in part.shape or part.dtype not in FLOATS):
+            continue
+        numbers = part.tensor().float()  # as they are loaded
         if fault := number_fault(numbers, mask, n_ctx):
             odd.append(f"{shorten(escaped(name), 60)} {fault}")
         elif name == "wte.weight" and numbers.dim() == 2:
