@@ -10,7 +10,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 from conftest import drawn, tokenizer, toy
 from rich.cells import cell_len
 from test_weights import CONFIG, FILE, T, write
@@ -28,9 +27,8 @@ sys.exit(gpt2_script.main() or heavy & {*sys.modules} or 0)"""
 
 def shell(command, **environment):
     """Run a line in a shell, in which gpt is the script: its status, output and errors."""
-    script = f'gpt() {{ {PYTHON} {shlex.quote(str(SCRIPT))} "$@"; }}'
-    line = ["bash", "-c", f"{script}; {command}"]
-    done = subprocess.run(line, env={**PLAIN, **environment}, capture_output=True)
+    line = f'gpt() {{ {PYTHON} {shlex.quote(str(SCRIPT))} "$@"; }}; {command}'
+    done = subprocess.run(["bash", "-c", line], env=PLAIN | environment, capture_output=True)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -130,9 +128,8 @@ def test_options_reach_the_watched_run(run):
     first, layers = run(*WATCH), run(*WATCH, "--layers", "2,0", "--generate", 0)
     traced = [[f"h.{i}.attn.q ─" in text for i in range(3)] for text in (first, layers)]
     assert traced == [[True, False, False], [True, False, True]] and "\nh.1 ─" in layers
-    assert "random draws" in first and "Learn" not in first
     other = run(*WATCH, "--seed", 1, "--temperature", 9, "--top-k", 7, "--top-p", 0.9)
-    assert "temperature 9, top-k 7, top-p 0.9" in other
+    assert "random draws" in first and "temperature 9, top-k 7, top-p 0.9" in other
     assert other.split("dropout ─")[0] != first.split("dropout ─")[0]
     whole = run("The dog", *WATCH, "--full", "--layers", 1).split("h.1.mlp.act ─")[1]
     assert len(re.findall(r"-?\d\.\d{3}\b", whole.split("h.1.mlp.out ─")[0])) >= 2 * 384
@@ -148,10 +145,9 @@ def test_any_text_is_shown_and_cannot_steer_the_terminal(prompt, run):
 
 
 def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
-    model = drawn(GPT2(GPT2Config(vocab_size=50304, n_ctx=32, n_embd=8, n_layer=1, n_head=2)))
-    with torch.no_grad():
-        model.wte.weight[50300] = 99 * model.ln_f.bias
-        model.ln_f.bias *= 99
+    model = drawn(GPT2(GPT2Config(50304, 32, 8, n_layer=1, n_head=2))).requires_grad_(False)
+    model.wte.weight[50300] = 99 * model.ln_f.bias
+    model.ln_f.bias *= 99
     write(tmp_path, {FILE: model.state_dict(), CONFIG: {"n_head": 2}})
     assert "<50300>" in run("--model", tmp_path)
     write(tmp_path, {FILE: T})
@@ -168,7 +164,6 @@ def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
 STEERING = b"\x1b[31m\xff\n\x07\xc2\x9b\xe2\x80\xae".decode("utf-8", "surrogateescape")
 REFUSED = [  # the arguments, and a part of the answer
     ([""], "the prompt is empty"), (["word " * 200], "has 201 tokens; this model reads at most 1"),
-    (["a" * 99_999], "99999 characters"), (["a", "b"], "b"), (["--frobnicate"], "--frobnicate"),
     (["--acts", "watch,dance"], "unknown act 'dance'"), (["--acts="], "unknown act ''"),
     (["--layers", "0,3"], "unknown layer '3'"), (["--layers=-1"], "unknown layer '-1'"),
     (["--seed=-1"], "--seed takes 0 to"), (["--seed", 1 << 63], "takes"), (["--seed", "x"], "'x'"),
@@ -176,8 +171,8 @@ REFUSED = [  # the arguments, and a part of the answer
     (["--temperature=-0.1"], "--temperature takes 0 to"), (["--temperature", "nan"], "not nan"),
     (["--temperature", "inf"], "not inf"), (["--top-k", 0], "--top-k takes 1 to"),
     (["--top-p", 0], "--top-p takes"), (["--top-p", 1.1], "--top-p takes"),
-    (["--device", "tpu"], "'tpu'"), (["--against", "x"], "--against goes with --verify"),
-    (["--model", "gpt3"], "gpt3 is no file: give a"), (["--model="], "a model's name is empty"),
+    (["--device", "tpu"], "'tpu'"), (["--model="], "a model's name is empty"),
+    (["--against", "x"], "--against goes with --verify"), (["--frobnicate"], "--frobnicate"),
     *((["p", x + STEERING], r"\x1b[31m") for x in ("", "--x", "--full=", "--device=", "--model=")),
 ]  # fmt: skip
 
