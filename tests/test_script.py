@@ -98,7 +98,6 @@ LINES = [  # a line in a shell, its status, output and errors
 
 @pytest.mark.parametrize("line, status, printed, errors", LINES)
 def test_streams_that_are_full_or_closed_early_or_always(line, status, printed, errors):
-    """None waits for Enter or ends in a traceback."""
     assert shell(line) == (status, printed, errors)
 
 
