@@ -15,7 +15,6 @@ from rich.cells import cell_len
 from test_weights import CONFIG, FILE, T, write
 
 import gpt2_script as gpt
-from gpt2_script import GPT2, GPT2Config, main
 
 SCRIPT, PYTHON, WATCH = Path(gpt.__file__), shlex.quote(sys.executable), ("--acts", "watch")
 PLAIN = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": ""}
@@ -39,7 +38,7 @@ def run(capsys, monkeypatch):
 
     def said(*arguments, status=0):
         try:
-            ended = main([*map(str, arguments)])
+            ended = gpt.main([*map(str, arguments)])
         except SystemExit as error:  # argparse's, after the usage
             ended = error.code
         printed, errors = capsys.readouterr()
@@ -127,8 +126,9 @@ def test_options_reach_the_watched_run(run):
     first, layers = run(*WATCH), run(*WATCH, "--layers", "2,0", "--generate", 0)
     traced = [[f"h.{i}.attn.q ─" in text for i in range(3)] for text in (first, layers)]
     assert traced == [[True, False, False], [True, False, True]] and "\nh.1 ─" in layers
+    assert "random draws" in first and "Learn" not in first
     other = run(*WATCH, "--seed", 1, "--temperature", 9, "--top-k", 7, "--top-p", 0.9)
-    assert "random draws" in first and "temperature 9, top-k 7, top-p 0.9" in other
+    assert "temperature 9, top-k 7, top-p 0.9" in other
     assert other.split("dropout ─")[0] != first.split("dropout ─")[0]
     whole = run("The dog", *WATCH, "--full", "--layers", 1).split("h.1.mlp.act ─")[1]
     assert len(re.findall(r"-?\d\.\d{3}\b", whole.split("h.1.mlp.out ─")[0])) >= 2 * 384
@@ -144,7 +144,7 @@ def test_any_text_is_shown_and_cannot_steer_the_terminal(prompt, run):
 
 
 def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
-    model = drawn(GPT2(GPT2Config(50304, 32, 8, n_layer=1, n_head=2))).requires_grad_(False)
+    model = drawn(gpt.GPT2(gpt.GPT2Config(50304, 32, 8, 1, 2))).requires_grad_(False)
     model.wte.weight[50300] = 99 * model.ln_f.bias
     model.ln_f.bias *= 99
     write(tmp_path, {FILE: model.state_dict(), CONFIG: {"n_head": 2}})
@@ -155,7 +155,7 @@ def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
     for kind, subjects in (("city", cities), ("package", gpt.TASKS.values())):
         texts = [(wording, name, "Rome") for wording in gpt.FRESH[kind] for name in subjects]
         fresh += [len(gpt.make_fact(tokenizer, *text).ids) for text in texts]
-    write(tmp_path, {FILE: drawn(GPT2(GPT2Config(50257, max(fresh), 8, 1, 2))).state_dict()})
+    write(tmp_path, {FILE: gpt.GPT2(gpt.GPT2Config(50257, max(fresh), 8, 1, 2)).state_dict()})
     refused = run("--model", tmp_path, "--acts", "detect", status=2)
     assert f"reads {max(fresh)} tokens; facts have up to {1 + max(fresh)}" in refused
 
@@ -187,4 +187,4 @@ def test_what_this_machine_lacks(run, monkeypatch):
     fails = mock.Mock(side_effect=[RuntimeError("not enough memory"), RuntimeError("a bug")])
     monkeypatch.setattr(gpt, "run_acts", fails)
     assert "not enough memory" in run(status=2)
-    pytest.raises(RuntimeError, main, [])
+    pytest.raises(RuntimeError, gpt.main, [])

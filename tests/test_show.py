@@ -90,7 +90,6 @@ def test_heat_map_tells_percents_and_dots_where_nobody_may_look(printed):
         assert line.removeprefix(TOKENS[i]).split() == [*percents, *"·" * (9 - i)]
     assert "head 0 of 4" in text and text.count("·") == 45
     assert printed([MAP], full=True).count("·") == 66
-    # it reads without colour as with it
     terminal, piped = {"force_terminal": True, "color_system": "truecolor"}, printed([MAP, MAP])
     bright, grey = (printed([MAP, MAP], **terminal, no_color=x) for x in (False, True))
     few = printed([MAP, MAP], **terminal | {"color_system": "standard"})

@@ -79,8 +79,7 @@ def test_exit_status(tmp_path, capsys, monkeypatch):
         assert main(line) == status, line
         printed, errors = capsys.readouterr()
         assert "\x1b" not in printed + errors and len(errors.splitlines()) == (status == 2)
-        told = "nothing odd was found" in printed, "Odd: " in printed
-        assert told == (status == 0, status == 1)
+        assert ("nothing odd was" in printed, "Odd: " in printed) == (status == 0, status == 1)
 
 
 CHANGES = {  # what is compared, with what, and a part of how each tensor that differs does
@@ -188,7 +187,7 @@ ODD = {  # what is put into a sound folder, as files or as places in one; a part
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_folder_with_a_tokenizer(name, tmp_path):
-    """In which all files of GPT-2's are, as transformers and OpenAI write them, but for ODD's."""
+    """All files of GPT-2's, as transformers and OpenAI write them, are there; some are changed."""
     (changes, odd), names = ODD[name], (PACKAGE / "encoder.json", PACKAGE / "vocab.bpe")
     transformers.GPT2TokenizerFast(*map(str, names)).save_pretrained(tmp_path)
     write(tmp_path, {"vocab.json": names[0].read_bytes(), "merges.txt": names[1].read_bytes()})

@@ -151,8 +151,8 @@ CASES = {
     # headers that could take long
     "12,000 times": (raw(*[ENTRY.format("a", "F32", 0, 0, 0)] * 12_000, data=b""),
         "a second 'a'", UNREADABLE),
-    "12,000 blocks": ({FILE: dict.fromkeys([TABLE, "wpe.weight", *(f"h.{i}.attn.c_proj.weight"
-        for i in range(12_000))], torch.ones(1, 1)), **says(n_head=1)}, "of 12000 blocks many"),
+    "20,000 blocks": ({FILE: dict.fromkeys([TABLE, "wpe.weight", *(f"h.{i}.attn.c_proj.weight"
+        for i in range(20_000))], torch.ones(1, 1)), **says(n_head=1)}, "of 20000 blocks many"),
     "long context": ({FILE: {TABLE: torch.ones(1, 1), "wpe.weight": torch.ones(1 << 19, 1),
         "h.0.attn.bias": TRIL}}, "is missing", ""),  # a mask for it would have 2 ** 38 numbers
     **{f"file {content[:9]} {len(content)}": ({FILE: content}, part, UNREADABLE)
