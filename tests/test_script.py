@@ -10,13 +10,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 from conftest import drawn, tokenizer, toy
 from rich.cells import cell_len
 from test_weights import CONFIG, FILE, T, write
 
 import gpt2_script as gpt
-from gpt2_script import GPT2, GPT2Config, main
 
 SCRIPT, PYTHON, WATCH = Path(gpt.__file__), shlex.quote(sys.executable), ("--acts", "watch")
 PLAIN = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": ""}
@@ -28,9 +26,8 @@ sys.exit(gpt2_script.main() or heavy & {*sys.modules} or 0)"""
 
 def shell(command, **environment):
     """Run a line in a shell, in which gpt is the script: its status, output and errors."""
-    script = f'gpt() {{ {PYTHON} {shlex.quote(str(SCRIPT))} "$@"; }}'
-    line = ["bash", "-c", f"{script}; {command}"]
-    done = subprocess.run(line, env={**PLAIN, **environment}, capture_output=True)
+    line = f'gpt() {{ {PYTHON} {shlex.quote(str(SCRIPT))} "$@"; }}; {command}'
+    done = subprocess.run(["bash", "-c", line], env=PLAIN | environment, capture_output=True)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -41,7 +38,7 @@ def run(capsys, monkeypatch):
 
     def said(*arguments, status=0):
         try:
-            ended = main([*map(str, arguments)])
+            ended = gpt.main([*map(str, arguments)])
         except SystemExit as error:  # argparse's, after the usage
             ended = error.code
         printed, errors = capsys.readouterr()
@@ -100,7 +97,6 @@ LINES = [  # a line in a shell, its status, output and errors
 
 @pytest.mark.parametrize("line, status, printed, errors", LINES)
 def test_streams_that_are_full_or_closed_early_or_always(line, status, printed, errors):
-    """None waits for Enter or ends in a traceback."""
     assert shell(line) == (status, printed, errors)
 
 
@@ -148,10 +144,9 @@ def test_any_text_is_shown_and_cannot_steer_the_terminal(prompt, run):
 
 
 def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
-    model = drawn(GPT2(GPT2Config(vocab_size=50304, n_ctx=32, n_embd=8, n_layer=1, n_head=2)))
-    with torch.no_grad():
-        model.wte.weight[50300] = 99 * model.ln_f.bias
-        model.ln_f.bias *= 99
+    model = drawn(gpt.GPT2(gpt.GPT2Config(50304, 32, 8, 1, 2))).requires_grad_(False)
+    model.wte.weight[50300] = 99 * model.ln_f.bias
+    model.ln_f.bias *= 99
     write(tmp_path, {FILE: model.state_dict(), CONFIG: {"n_head": 2}})
     assert "<50300>" in run("--model", tmp_path)
     write(tmp_path, {FILE: T})
@@ -160,7 +155,7 @@ def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
     for kind, subjects in (("city", cities), ("package", gpt.TASKS.values())):
         texts = [(wording, name, "Rome") for wording in gpt.FRESH[kind] for name in subjects]
         fresh += [len(gpt.make_fact(tokenizer, *text).ids) for text in texts]
-    write(tmp_path, {FILE: drawn(GPT2(GPT2Config(50257, max(fresh), 8, 1, 2))).state_dict()})
+    write(tmp_path, {FILE: gpt.GPT2(gpt.GPT2Config(50257, max(fresh), 8, 1, 2)).state_dict()})
     refused = run("--model", tmp_path, "--acts", "detect", status=2)
     assert f"reads {max(fresh)} tokens; facts have up to {1 + max(fresh)}" in refused
 
@@ -168,7 +163,6 @@ def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
 STEERING = b"\x1b[31m\xff\n\x07\xc2\x9b\xe2\x80\xae".decode("utf-8", "surrogateescape")
 REFUSED = [  # the arguments, and a part of the answer
     ([""], "the prompt is empty"), (["word " * 200], "has 201 tokens; this model reads at most 1"),
-    (["a" * 99_999], "99999 characters"), (["a", "b"], "b"), (["--frobnicate"], "--frobnicate"),
     (["--acts", "watch,dance"], "unknown act 'dance'"), (["--acts="], "unknown act ''"),
     (["--layers", "0,3"], "unknown layer '3'"), (["--layers=-1"], "unknown layer '-1'"),
     (["--seed=-1"], "--seed takes 0 to"), (["--seed", 1 << 63], "takes"), (["--seed", "x"], "'x'"),
@@ -176,8 +170,8 @@ REFUSED = [  # the arguments, and a part of the answer
     (["--temperature=-0.1"], "--temperature takes 0 to"), (["--temperature", "nan"], "not nan"),
     (["--temperature", "inf"], "not inf"), (["--top-k", 0], "--top-k takes 1 to"),
     (["--top-p", 0], "--top-p takes"), (["--top-p", 1.1], "--top-p takes"),
-    (["--device", "tpu"], "'tpu'"), (["--against", "x"], "--against goes with --verify"),
-    (["--model", "gpt3"], "gpt3 is no file: give a"), (["--model="], "a model's name is empty"),
+    (["--device", "tpu"], "'tpu'"), (["--model="], "a model's name is empty"),
+    (["--against", "x"], "--against goes with --verify"), (["--frobnicate"], "--frobnicate"),
     *((["p", x + STEERING], r"\x1b[31m") for x in ("", "--x", "--full=", "--device=", "--model=")),
 ]  # fmt: skip
 
@@ -193,4 +187,4 @@ def test_what_this_machine_lacks(run, monkeypatch):
     fails = mock.Mock(side_effect=[RuntimeError("not enough memory"), RuntimeError("a bug")])
     monkeypatch.setattr(gpt, "run_acts", fails)
     assert "not enough memory" in run(status=2)
-    pytest.raises(RuntimeError, main, [])
+    pytest.raises(RuntimeError, gpt.main, [])

@@ -4,7 +4,6 @@ import hashlib
 import json
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +19,10 @@ NANS = torch.tensor([0x7FC00001, 0x7FC00002], dtype=torch.int32).view(torch.floa
 
 
 def told(*paths):
-    """What --verify tells: {a Step's name: the Step}."""
     return {record.name: record for record in verify_act(*paths) if isinstance(record, Step)}
 
 
 def differences(*paths):
-    """{tensor: how it differs}."""
     step = told(*paths)["differences"]
     assert bool(step.odd) == bool(step.shown) != bool(step.found)
     return {row["tensor"]: row["differs"] for rows in step.shown for row in rows}
@@ -41,16 +38,13 @@ def edited(*values, dtype=torch.float32):
 
 def test_what_is_told_of_a_sound_folder(tmp_path):
     path = write(tmp_path, {**masks(TRIL.bool()), "sub.txt": b"more"})
-    records, steps = [*verify_act(path)], told(path)
-    shares = [record.share for record in records if isinstance(record, Progress)]
+    shares, steps = [x.share for x in verify_act(path) if isinstance(x, Progress)], told(path)
     assert shares == sorted(shares) and len(shares) == len(T) + 2 and 0 <= shares[0] < 1
-    for name in (FILE, CONFIG, "sub.txt"):
-        sha256 = hashlib.sha256((path / name).read_bytes()).hexdigest()
-        assert f"{name}\n  {sha256}" in steps["files"].shown[0]
+    files = [f"{x.name}\n  {hashlib.sha256(x.read_bytes()).hexdigest()}" for x in path.iterdir()]
+    assert steps["files"].shown == ["\n".join(sorted(files))]
     row = {"tensor": "h.N.mlp.c_fc.weight", "type": "F32", "shape": "[64, 256]", "how many": 2}
     assert row in steps["tensors"].shown[0] and "silence is no proof" in steps["scan"].purpose
     assert not any(step.odd for step in steps.values()) and "differences" not in steps
-    assert [repr(x) for x in records if isinstance(x, Step)] == [*map(repr, steps.values())]
 
 
 @pytest.mark.parametrize("files, odd", [
@@ -80,13 +74,12 @@ def test_exit_status(tmp_path, capsys, monkeypatch):
         (2, good, cut), (2, "nowhere"), (2, good, ""), (2, ""), (2, "a" * 5000), (2, other),
     ]:  # fmt: skip
         if path is other:  # which is not allowed to be read
-            monkeypatch.setattr("builtins.open", lambda *arguments: Path("/nowhere").stat())
+            monkeypatch.setattr("builtins.open", lambda *arguments: (good / "nowhere").stat())
         line = ["--verify", str(path), *(["--against", str(*against)] if against else [])]
         assert main(line) == status, line
         printed, errors = capsys.readouterr()
         assert "\x1b" not in printed + errors and len(errors.splitlines()) == (status == 2)
-        told = "nothing odd was found" in printed, "Odd: " in printed
-        assert told == (status == 0, status == 1)
+        assert ("nothing odd was" in printed, "Odd: " in printed) == (status == 0, status == 1)
 
 
 CHANGES = {  # what is compared, with what, and a part of how each tensor that differs does
@@ -97,18 +90,12 @@ CHANGES = {  # what is compared, with what, and a part of how each tensor that d
     "more": ({FILE: T | {"\x1b": TRIL}}, {}, {r"\x1b": "the trusted copy lacks it"}),
     "less": ({FILE: no("ln_f.bias")}, {}, {"ln_f.bias": "only in the trusted copy"}),
     "number": ({FILE: sets(TABLE, (9, 1), 0.5)}, {}, {TABLE: "numbers: 1, row 9, rank 1, size "}),
-    "rows": ({FILE: sets(TABLE, slice(3, 8), 1.0)}, {}, {TABLE: "numbers: 320, rows 3, 4, ..., "}),
     "two rows": ({FILE: sets(TABLE, [3, 8], 1.0)}, {}, {TABLE: "numbers: 128, rows 3, 8, rank 2"}),
     "vector": ({FILE: sets("ln_f.bias", 9, 1.0)}, {}, {"ln_f.bias": "numbers: 1, row 9, rank 1"}),
-    "masks": (masks(TRIL * 0 + 1), masks(TRIL), dict.fromkeys(MASKS, "numbers: 120, rows 0, 1, ")),
-    "float64": ({FILE: {"a": TRIL.double()}}, {FILE: {"a": TRIL.double() + 1}},
-        {"a": "numbers: 256"}),
-    "-0": ({FILE: sets(TABLE, (7, 7), -0.0)}, {},
-        {TABLE: "numbers: 1, row 7, rank 0, size 0.0e+00"}),
-    "NaN": (*({FILE: sets(TABLE, (9, 1), x)} for x in NANS),
-        {TABLE: "numbers: 1, row 9, rank 0"}),
-    "other type": (masks(TRIL), masks(TRIL.bool()),
-        dict.fromkeys(MASKS, "other bytes: F32 [1, 1, 16, 16], trusted BOOL [1, 1, 16, 16]")),
+    "masks": (masks(TRIL * 0 + 1), masks(TRIL), dict.fromkeys(MASKS, "120, rows 0, 1, ..., ")),
+    "-0": ({FILE: sets(TABLE, (7, 7), -0.0)}, {}, {TABLE: "numbers: 1, row 7, rank 0, size 0.0"}),
+    "NaN": (*({FILE: sets(TABLE, (9, 1), x)} for x in NANS), {TABLE: "numbers: 1, row 9, rank 0"}),
+    "other type": (masks(TRIL), masks(TRIL.bool()), dict.fromkeys(MASKS, "other bytes: F32 [1, 1")),
     "rounded": ({FILE: to(torch.half)}, {}, {name: f"the same numbers, up to rounding: "
         f"F16 {[*x.shape]}, trusted F32 {[*x.shape]}" for name, x in T.items()}),
     "shape": ({FILE: {**T, TABLE: T[TABLE][:49]}}, {},
@@ -130,48 +117,41 @@ def test_a_change(ours, theirs, expected, tmp_path):
 
 
 def test_any_flipped_bit_is_found_and_its_tensor_named(tmp_path):
-    """Some tensors at a time; no two are flipped in the same turns."""
     tensors = masks(TRIL.bool())[FILE] | {MATRIX: T[MATRIX].half(), "h.0.x": torch.ones(9).char()}
     ours, trusted = (write(tmp_path / x, {FILE: tensors}) / FILE for x in ("ours", "trusted"))
     whole = trusted.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     spans = {name: x["data_offsets"] for name, x in json.loads(whole[8:start]).items()}
-    for turn in range(len(spans).bit_length()):
-        flipped = [name for i, name in enumerate(spans, 1) if i >> turn & 1]
+    for i, (name, (first, end)) in enumerate(spans.items()):
         ours.write_bytes(whole)
-        for first, end in map(spans.get, flipped):
-            damage(ours, start + first + 7919 * (turn + 1) % (end - first))
-        assert {*differences(ours, trusted)} == {*flipped}
+        damage(ours, start + first + 7919 * i % (end - first))
+        assert [*differences(ours, trusted)] == [name]
 
 
 def test_files_of_two_folders_and_weights_files_of_two_names(tmp_path):
     both = {"same": b"", "x": b"a", "x.safetensors": T}
     ours = write(tmp_path / "ours", {**both, CONFIG: None, "new": b""})
-    trusted = write(tmp_path / "trusted", {**both, FILE: to(torch.half), "x": b"b"})
+    trusted = write(tmp_path / "trusted", {**both, FILE: sets(TABLE, 9, 1.0), "x": b"b"})
     assert alarms(ours, trusted) == [
         "x.safetensors holds weights that are not checked", "new is not in the trusted copy",
         "config.json is only in the trusted copy", "x has other bytes",
-        "tensors that differ from the trusted copy: 28 of 28",
+        "tensors that differ from the trusted copy: 1 of 28",
     ]  # fmt: skip
     other = (ours / FILE).rename(ours / "other.safetensors")
     write(ours, {FILE: None})
     assert alarms(other, write(trusted) / FILE) == []
-    write(trusted, {FILE: sets(TABLE, 9, 1.0), CONFIG: {"n_head": 2}})
-    differs = "tensors that differ from the trusted copy: 1 of 28"
-    assert alarms(other, trusted) == ["config.json has other bytes", differs]
+    write(trusted, {CONFIG: {"n_head": 2}})
+    assert alarms(other, trusted) == ["config.json has other bytes"]
 
 
-TOKENS, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
-SPECIAL, UNREAD = "special_tokens_map.json", "is there, but it cannot be read as a JSON object"
-STEERS = [
-    "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids", "suppress_tokens",
-    "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
-]  # fmt: skip
+TOKENS, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+STEERS = "bad_words_ids begin_suppress_tokens constraints force_words_ids suppress_tokens".split()
+STEERS += "forced_bos_token_id forced_decoder_ids forced_eos_token_id sequence_bias".split()
 RUN = {"\x1b\udcff.SO": b"", "a": b"PK\3\4", "b": b"#!/bin/sh", "c": b"\x7fELF", "d": b"MZ"}
 RUN |= {"x.py": b"", "x.safetensors": b"\x80\4N.", "x.txt": b"\x80\4N."}
 ODD = {  # what is put into a sound folder, as files or as places in one; a part of each alarm
-    "nothing": ({GENERATION: {**dict.fromkeys(STEERS), "do_sample": True}, "x.txt": b"",
-        SPECIAL: {"bos_token": {"content": "<|endoftext|>"}}}, []),
+    "nothing": ({"generation_config.json": {**dict.fromkeys(STEERS), "do_sample": True},
+        "x.txt": b"", SPECIAL: {"bos_token": {"content": "<|endoftext|>"}}}, []),
     "swapped": ({TOKENS: [("model", "vocab", "ĠParis", 10598), ("model", "vocab", "ĠRome", 6342)],
         "vocab.json": [("ĠRome", 6342)]}, ["vocab.json has other ids than GPT-2: ' Rome'",
         f"{TOKENS} has other ids than GPT-2: ' Paris', ' Rome'"]),
@@ -188,48 +168,34 @@ ODD = {  # what is put into a sound folder, as files or as places in one; a part
                 ("post_processor", "special_tokens", {"x": {}})],
             [("added_tokens", 0, "lstrip", True), ("pre_tokenizer", "use_regex", False)]])},
     "laid out": ({TOKENS: [("model", None)]}, ["not laid out as GPT-2's, or missing (TypeError)"]),
-    "no JSON": ({TOKENS: b"{,", GENERATION: b"[]"},
-        [f"{GENERATION} {UNREAD}", f"{TOKENS} {UNREAD}"]),
-    "added": ({"added_tokens.json": {"x": 50257}, SETTINGS: [("extra_special_tokens", ["\x1b"]),
-        ("add_bos_token", True), ("added_tokens_decoder", {"464": {"content": "x"}})],
+    "no JSON": ({TOKENS: b"{,", SETTINGS: b"[]", "added_tokens.json": {"x": 50257}}, [
+        *(f"{x} is there, but it cannot be read as a JSON object" for x in (TOKENS, SETTINGS)),
+        "added_tokens.json sets x, not as"]),
+    "added": ({SETTINGS: [("extra_special_tokens", ["\x1b"]), ("add_bos_token", True),
+        ("added_tokens_decoder", {"464": {"content": "x"}})],
         SPECIAL: {"pad_token": "[PAD]", "additional_special_tokens": ["y"]}},
-        ["added_tokens.json sets x, not as", f"{SPECIAL} sets [PAD], y, not as GPT-2 does",
-        rf"{SETTINGS} sets \x1b, True, x, not as"]),
-    "one unreadable": ({"added_tokens.json": {"x": 50257}, SETTINGS: b"{,"},
-        [f"{SETTINGS} {UNREAD}", "added_tokens.json sets x, not as"]),
-    "fields": ({CONFIG: [("auto_map", {"AutoModel": "x.X"})], SETTINGS: [("chat_template", "{{")],
+        [f"{SPECIAL} sets [PAD], y, not as GPT-2 does", rf"{SETTINGS} sets \x1b, True, x, not as"]),
+    "fields": ({CONFIG: {"n_head": 4, "auto_map": {"": "x"}}, SETTINGS: [("chat_template", "{{")],
         "x.json": {"y": [{"custom_pipelines": {"z": 1}}], **dict.fromkeys(STEERS, [[6342]])},
         "y.jinja": b""}, ["config.json sets auto_map, which names code to be run",
-        f"{SETTINGS} sets chat_template, which puts text around what a user says",
-        "x.json sets custom_pipelines, which names code to be run",
+        f"{SETTINGS} sets chat_template, which puts text around", "x.json sets custom_pipelines",
         *(f"x.json sets {field}, which steers what is said, whatever" for field in STEERS),
         "y.jinja puts text around what a user says"]),
     "code": (RUN, [f"{ascii(name)[1:-1]} can run code where it is loaded" for name in RUN]),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def whole_folder(tmp_path_factory):
-    """All files of a folder with GPT-2's tokenizer, as transformers and OpenAI write it."""
-    names, path = (PACKAGE / "encoder.json", PACKAGE / "vocab.bpe"), tmp_path_factory.mktemp("all")
-    transformers.GPT2TokenizerFast(*map(str, names)).save_pretrained(path)
-    files = {file.name: file.read_bytes() for file in path.iterdir()}
-    files |= {"vocab.json": names[0].read_bytes(), "merges.txt": names[1].read_bytes()}
-    return files | {CONFIG: b'{"n_head": 4}'}
-
-
 @pytest.mark.parametrize("name", ODD)
-def test_a_folder_with_a_tokenizer(name, tmp_path, whole_folder):
-    (changes, odd), files = ODD[name], dict(whole_folder)
-    for file, content in changes.items():
-        if isinstance(content, list):  # of places: the keys that lead there, and what to put there
-            whole = json.loads(files[file])
-            for *keys, last, value in content:
-                reduce(getitem, keys, whole)[last] = value
-            content = whole
-        files[file] = content
-    if odd:  # what is not looked at takes time
-        files = {k: x for k, x in files.items() if k in changes or len(x) < 9999}
+def test_a_folder_with_a_tokenizer(name, tmp_path):
+    """All files of GPT-2's, as transformers and OpenAI write them, are there; some are changed."""
+    (changes, odd), names = ODD[name], (PACKAGE / "encoder.json", PACKAGE / "vocab.bpe")
+    transformers.GPT2TokenizerFast(*map(str, names)).save_pretrained(tmp_path)
+    write(tmp_path, {"vocab.json": names[0].read_bytes(), "merges.txt": names[1].read_bytes()})
+    files = dict(changes)
+    for file, places in changes.items():
+        if isinstance(places, list):  # the keys that lead to each, and what to put there
+            files[file] = json.loads((tmp_path / file).read_bytes())
+            for *keys, last, value in places:
+                reduce(getitem, keys, files[file])[last] = value
     found = alarms(write(tmp_path, files))
     assert len(found) == len(odd) and all(map(str.__contains__, found, odd)), found
-    assert all(text.isprintable() for text in found)

@@ -1,12 +1,8 @@
-"""Files of a model: what other programs write and what suspicious people send, in small.
-
-CASES says of each folder what a user may expect of loading it and of --verify.
-"""
+"""Files of a model: what other programs write and what suspicious people send, in small."""
 
 import gc
 import hashlib
 import json
-import math
 import os
 import pickle
 import threading
@@ -26,7 +22,7 @@ from gpt2_script import PRESETS, RELEASED, GPT2Config, InputError, generate, loa
 
 FILE, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 TABLE, HEAD, TIE = "wte.weight", "lm_head.weight", "tie_word_embeddings"
-NAN, INF, TRIL = math.nan, math.inf, torch.ones(1, 1, 16, 16).tril()
+NAN, INF, TRIL = torch.nan, torch.inf, torch.ones(1, 1, 16, 16).tril()
 UNREADABLE = object()  # --verify ends with the refusal, too
 
 
@@ -35,9 +31,8 @@ def config(**more):
     return transformers.GPT2Config(**sizes | more)
 
 
-T, GENERATOR = {}, torch.Generator().manual_seed(0)  # the sound model's tensors
-for name, x in transformers.GPT2Model(config()).state_dict().items():
-    T[name] = 0.3 * torch.randn(x.shape, generator=GENERATOR)
+DRAWN, GENERATOR = transformers.GPT2Model(config()).state_dict(), torch.Generator().manual_seed(0)
+T = {name: 0.3 * torch.randn(x.shape, generator=GENERATOR) for name, x in DRAWN.items()}  # sound
 T[TABLE][7, 7] = 0.0
 WHOLE = save(T)
 START = 8 + int.from_bytes(WHOLE[:8], "little")  # of the numbers
@@ -46,7 +41,6 @@ ENTRY = '"{}":{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}}'  # of a tens
 
 
 def sets(name, index, value):
-    """The tensors, some numbers of one replaced."""
     changed = {**T, name: T[name].clone()}
     changed[name][index] = value
     return changed
@@ -69,7 +63,6 @@ def says(**fields):
 
 
 def headed(change=lambda table: table, files=T, **fields):
-    """A model with an output table, made from the token table."""
     return {FILE: {**files, HEAD: change(T[TABLE].clone())}, **says(**fields)}
 
 
@@ -90,7 +83,6 @@ ONE, TWO = no("h.1"), {name: tensor for name, tensor in T.items() if "h.1" in na
 WIDE = {"vocab_size": 100, "n_embd": 96, "n_layer": 3, "n_head": 2}
 NANO = transformers.GPT2Model(config(**WIDE)).state_dict()
 NO_GPT2, NO_JSON = "is no tensor of GPT-2", "config.json is there, but it cannot be read as a JSON"
-OPEN = "is not the causal mask that its name says"
 
 # folder: its files, other than the sound ones; what it loads like, as tensors and settings for
 # transformers, or a part of the refusal; a part of every alarm of --verify, if it is another one
@@ -106,7 +98,6 @@ CASES = {
     **{f"mask, {x}": (masks(TRIL.to(x)), {}) for x in (torch.bool, torch.uint8, torch.float)},
     "masked_bias": (masks(torch.tensor(-1e4), "attn.masked_bias"), {}),
     "sum overflows": ({FILE: sets("wpe.weight", (15, slice(2)), 3e38)}, {}),
-    # config.json
     "other names": ({CONFIG: {"num_attention_heads": 8, "hidden_size": 64, "n_inner": 256,
         "max_position_embeddings": 16}}, {"n_head": 8}),
     "every field": ({CONFIG: config(n_head=2).to_dict()}, {"n_head": 2}),
@@ -138,23 +129,19 @@ CASES = {
     "int8": ({FILE: to(torch.int8, "c_fc.weight")}, "c_fc.weight is I8"),
     **{f"holds {x}": ({FILE: sets("ln_f.bias", range(2), torch.tensor(x))}, "ln_f.bias holds NaN")
         for x in ([NAN, 0], [INF, 0], [INF, -INF])},
-    "above float32": ({FILE: {**T, "ln_f.bias": 1e200 * T["ln_f.bias"].double()}},
-        "ln_f.bias holds NaN"),
+    "above float32": ({FILE: T | {"ln_f.bias": 1e200 * T["ln_f.bias"].double()}}, "holds NaN"),
     "block missing": ({FILE: no("h.0.")}, "h.0.ln_1.weight is missing", ""),
     **{f"no {x}": ({FILE: no(x)}, f"{x} is missing") for x in (TABLE, "wpe.weight", "ln_f.bias")},
-    "extra matrix": ({FILE: T | {"h.0.\x1b": TRIL[0, 0]}}, rf"'h.0.\x1b' {NO_GPT2}", r"h.0.\x1b"),
     "block 999...": ({FILE: T | {f"h.{'9' * 5000}.attn.bias": TRIL}}, NO_GPT2),
     **{f"extra {name!a}": ({FILE: T | {name: TRIL}}, f"{name!a} {NO_GPT2}")
-        for name in ("\x1b[2J\n", "attn.bias", "h.0.attn.bias2", "h.999999999.attn.bias",
-            "h.00.attn.bias", "h.٣.attn.bias")},
+        for name in ("\x1b[2J\n", "h.0.\x1b", "attn.bias", "h.0.attn.bias2", "h.00.attn.bias",
+            "h.999999999.attn.bias", "h.٣.attn.bias")},
     "block 2 has a mask alone": ({FILE: T | {"h.2.attn.bias": TRIL}}, "h.2.", "h.2."),
     "twice": ({FILE: T | {"transformer.ln_f.bias": TRIL}}, "a second 'ln_f.bias'", UNREADABLE),
-    "twice, as text": (raw(ENTRY.format("ln_f.bias", "F32", 64, 0, 256), ENTRIES),
-        "a second 'ln_f.bias'", UNREADABLE),
     **{f"{name} {shape}": ({FILE: T | {name: torch.zeros(shape)}}, f"{name} is")
         for name, *shape in [("h.0.mlp.c_fc.weight", 256, 64), ("wpe.weight", 16, 63),
             ("wpe.weight", 16), ("wpe.weight", 0, 64), (TABLE, 50, 0), ("ln_f.weight",)]},
-    **{f"mask {i}": (masks(mask), {}, OPEN)  # the last is open by one number
+    **{f"mask {i}": (masks(mask), {}, "not the causal mask")  # the last by one number
         for i, mask in enumerate([TRIL * 0 + 1, TRIL[..., :8, :8], TRIL.flatten(),
             TRIL.bool() ^ (torch.arange(256) == 37).view(1, 1, 16, 16)])},
     "mask, short": (masks(TRIL.short()), {}, "bias is I16, which no mask is"),
@@ -163,15 +150,13 @@ CASES = {
     # headers that could take long
     "12,000 times": (raw(*[ENTRY.format("a", "F32", 0, 0, 0)] * 12_000, data=b""),
         "a second 'a'", UNREADABLE),
-    "3 MB": (raw(*(ENTRY.format(f"h.{i}.{'x' * 200}", "F32", 0, 0, 0) for i in range(12_000)),
-        data=b""), "is missing"),
+    "16,000 blocks": ({FILE: dict.fromkeys([TABLE, "wpe.weight", *(f"h.{i}.attn.c_proj.weight"
+        for i in range(16_000))], torch.ones(1, 1)), **says(n_head=1)}, "of 16000 blocks many"),
     "long context": ({FILE: {TABLE: torch.ones(1, 1), "wpe.weight": torch.ones(1 << 19, 1),
         "h.0.attn.bias": TRIL}}, "is missing", ""),  # a mask for it would have 2 ** 38 numbers
-    # no weights
     **{f"file {content[:9]} {len(content)}": ({FILE: content}, part, UNREADABLE)
         for part, *contents in [
-            ("is empty", b""),
-            ("no safetensors file", b"<html>log in</html>", b"\xff" * 99, WHOLE[:8]),
+            ("is empty", b""), ("no safetensors file", b"<html>log in</html>", WHOLE[:8]),
             ("cut short or damaged", WHOLE[:9], WHOLE[:-1], WHOLE + b"x",
                 raw('"a":{' * 50_000)[FILE], (10**11).to_bytes(8, "little") + WHOLE[8:]),
         ] for content in contents},
@@ -183,8 +168,6 @@ CASES = {
             ("does not name the files of its own folder", {}, ["one.safetensors"], {"a": "../x"},
                 {"a": "/x"}, {"a": ".."}, {"a": ""}, {"a": 5})] for names in indices},
 }  # fmt: skip
-
-
 gc.freeze()  # or a timing below counts a walk through all that the imports made
 
 
@@ -213,7 +196,6 @@ def alarms(*paths):
 
 
 def check_parity(model, ids, tensors=T, **settings):
-    """It computes what transformers' GPT-2 with these tensors does."""
     peer = transformers.GPT2LMHeadModel(config(**settings)).eval()
     peer.transformer.load_state_dict({name: x.float() for name, x in tensors.items()})
     with torch.no_grad():
@@ -241,21 +223,7 @@ def test_a_folder(name, tmp_path, ids):
         found = alarms(tmp_path)
         assert bool(found) == (odd is not None) and len(found) == len({*found}) < 25
         assert all(odd in text and text.isprintable() for text in found)
-    assert loaded - start < 1 and time.process_time() - loaded < 2
-
-
-def test_time_is_linear_in_the_number_of_tensors(tmp_path):
-    """For four times as many, quadratic would be sixteen times as long."""
-    seconds = []
-    for n in (3000, 12_000):
-        names = [TABLE, "wpe.weight", *(f"h.{i}.attn.c_proj.weight" for i in range(n))]
-        write(tmp_path, {FILE: dict.fromkeys(names, torch.ones(1, 1))})
-        start = time.process_time()
-        sentence = f"of {n} blocks many tensors are missing"
-        assert sentence in refusal(tmp_path) and time.process_time() - start < 1
-        assert sentence in "".join(alarms(tmp_path))
-        seconds.append(time.process_time() - start)
-    assert seconds[1] < 8 * seconds[0]
+    assert loaded - start < 1 and time.process_time() - loaded < 3
 
 
 def test_a_pickle_is_never_unpickled(tmp_path, monkeypatch):
@@ -273,19 +241,16 @@ def test_a_pickle_is_never_unpickled(tmp_path, monkeypatch):
 
 
 def test_what_is_no_file(tmp_path):
-    """A pipe, which may never end, a device, a dead link, a folder, a link to one, an odd name."""
     os.mkfifo(pipe := tmp_path / "pipe.safetensors")
     for name in ("gpt3", "./gpt2", "a\0b", "/dev/null", pipe):
         assert f"{name} is no file: give a .safetensors file, a model's folder" in refusal(name)
     assert "is empty" in refusal("") and "not UTF-8" in refusal("\udcff.safetensors")
-    pipe.unlink()
     for make, *target in [(os.mkfifo,), (os.symlink, "nowhere"), (os.symlink, "."), (os.mkdir,)]:
-        for path in (tmp_path / ("a.json" if make is os.mkdir else "a"), tmp_path / CONFIG):
-            write(tmp_path, {CONFIG: None})
+        for name in (CONFIG, "a.json" if make is os.mkdir else "a"):
+            path = write(tmp_path / f"{make.__name__} {target} {name}", {CONFIG: None}) / name
             make(*target, path)
-            assert f"{path} is no file that can be read" == refusal(tmp_path, alarms)
-            assert path.name != CONFIG or NO_JSON in refusal(tmp_path)
-            path.rmdir() if make is os.mkdir else path.unlink()
+            assert f"{path} is no file that can be read" == refusal(path.parent, alarms)
+            assert name != CONFIG or NO_JSON in refusal(path.parent)
 
 
 def test_gpt2_is_the_release_and_its_path_a_folder(tmp_path, monkeypatch, ids):
@@ -322,9 +287,8 @@ def test_weights_are_the_mapped_file_and_can_be_trained_and_changed(tmp_path, id
     if Path("/proc/self/maps").exists():
         assert str(tmp_path / FILE) in Path("/proc/self/maps").read_text()
     model(ids).sum().backward()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += weight.grad
+    for weight in model.parameters():
+        weight.data += weight.grad
     assert (tmp_path / FILE).read_bytes() == WHOLE
 
 
@@ -366,9 +330,6 @@ def test_a_release_is_fetched_and_its_hash_checked(tmp_path, monkeypatch, capfd,
     damage(path, -1)
     assert refusal("gpt2") == f"{path} is not the released gpt2, its SHA-256 differs: delete it"
     path.unlink()
-    assert "cannot fetch" in refusal("gpt2")
-    cache.rename(tmp_path / "other")
-    cache.write_text("a file where the cache's folder should be")
     assert "cannot fetch" in refusal("gpt2")
     server.shutdown()
 
