@@ -420,6 +420,7 @@ def read_json(path):
     Raises InputError for a file that holds none: nothing is guessed around it."""
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_bytes()) if path.is_file() else None
+        copy.deepcopy(content)  # what is nested too deep for this would be so for what follows
         if isinstance(content, dict):
             return content
     raise InputError(f"{path} is there, but it cannot be read as a JSON object")
@@ -2226,7 +2227,7 @@ def config_step(files, stored):
             odd.extend(some)
         except (AttributeError, KeyError, TypeError) as error:
             odd.append(f"a file is not laid out as GPT-2's, or missing ({type(error).__name__})")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             odd.append(escaped(error))
     found = f"looked at: {', '.join(names) or 'nothing, there is none'}."
     return Step("config and tokenizer", config_step.__doc__, "", [], found, odd)

@@ -107,8 +107,8 @@ CASES = {
     "no config": ({CONFIG: None}, {"n_head": 1}),
     "config without heads": ({CONFIG: {}}, "tells n_head", None),
     **{f"config {text[:20]}": ({CONFIG: text}, NO_JSON)
-        for text in (b'{"n_head": 4,}', b'{"n_head": 4, "by": "\xe9"}', b"[" * 100_000, b"[4]")},
-    "field nested": ({CONFIG: b'{"model_type":' + b"[" * 900 + b"]" * 900 + b"}"}, "model_type"),
+        for text in (b'{"n_head": 4,}', b'{"n_head": 4, "by": "\xe9"}', b"[4]", b"[" * 100_000,
+            b'{"n_head": 4, "x": ' + b"[" * 600 + b"]" * 600 + b"}")},
     **{f"{field} {value!r}"[:40]: (says(**{field: value}), f"{field} ")
         for field, *values in [
             ("n_head", True, 2.0, None, 0, -4), ("num_attention_heads", "4", 2),
@@ -152,6 +152,8 @@ CASES = {
         "a second 'a'", UNREADABLE),
     "16,000 blocks": ({FILE: dict.fromkeys([TABLE, "wpe.weight", *(f"h.{i}.attn.c_proj.weight"
         for i in range(16_000))], torch.ones(1, 1)), **says(n_head=1)}, "of 16000 blocks many"),
+    "no type of torch": (raw(*(ENTRY.format(name, "F6_E2M3", "4,4", 12 * i, 12 * i + 12)
+        for i, name in enumerate((TABLE, "wpe.weight", HEAD))), data=bytes(36)), "", UNREADABLE),
     "long context": ({FILE: {TABLE: torch.ones(1, 1), "wpe.weight": torch.ones(1 << 19, 1),
         "h.0.attn.bias": TRIL}}, "is missing", ""),  # a mask for it would have 2 ** 38 numbers
     **{f"file {content[:9]} {len(content)}": ({FILE: content}, part, UNREADABLE)
