@@ -115,17 +115,12 @@ def toy_world():
 toy = toy_world()
 
 
-def untrained(seed):
-    """The nano model whose training `lessons` records."""
-    torch.manual_seed(seed)
-    return GPT2(PRESETS["nano"]).eval()
-
-
 @functools.cache
 @torch.enable_grad()
 def lessons(seed):
     """A trained nano model and what `train` yielded; trained once."""
-    model = untrained(seed)
+    torch.manual_seed(seed)
+    model = GPT2(PRESETS["nano"]).eval()
     return model, list(gpt.train(model, facts, seed))
 
 
