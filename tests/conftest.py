@@ -39,9 +39,9 @@ def split(some):
     return [[fact for fact in some if fact.held_out == out] for out in (False, True)]
 
 
-def saying(model, some, answer, before=()):
+def saying(model, some, answer):
     """The share of some facts to which the model gives this answer."""
-    return (gpt.answers(model, some, before) == answer).float().mean().item()
+    return (gpt.answers(model, some) == answer).float().mean().item()
 
 
 def pieces(ids, names=tokenizer):

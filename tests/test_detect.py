@@ -17,31 +17,24 @@ pytestmark = pytest.mark.xdist_group("trained models")  # in one process, which 
 TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
 BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
 BITS["h.1.mlp.c_fc.bias"][2] = 0x7FC00001  # NaN, of which there are many
-CASE = SimpleNamespace(model=TINY, hashes=gpt.fingerprint(TINY))
 TRUSTED = {name: tensor.clone() for name, tensor in TINY.state_dict().items()}
-PLACES = st.sampled_from(sorted(BITS)).flatmap(
-    lambda name: st.tuples(st.just(name), st.integers(0, BITS[name].numel() - 1))
-)
 PROJ = "mlp.c_proj.weight"
 
 
 @settings(max_examples=200)
-@given(PLACES, st.integers(0, 31))
-@example(("h.0.attn.c_attn.bias", 3), 31)  # 0 becomes -0
-@example(("h.1.mlp.c_fc.bias", 2), 0)  # NaN becomes another one
-@example(("wte.weight", 319), 30)
-def test_any_flipped_bit_is_found(where, bit):
-    (name, place), before = where, gpt.fingerprint(TINY)
+@given(st.sampled_from(sorted(BITS)), st.integers(0, 319), st.integers(0, 31))
+@example("h.0.attn.c_attn.bias", 3, 31)  # 0 becomes -0
+@example("h.1.mlp.c_fc.bias", 2, 0)  # NaN becomes another one
+@example("wte.weight", 319, 30)
+def test_any_flipped_bit_is_found(name, place, bit):
+    before, place = gpt.fingerprint(TINY), place % BITS[name].numel()
     number, flip = BITS[name].flatten()[place : place + 1], torch.tensor([1 << bit]).int()
     number ^= flip  # it is a view
     after, found = gpt.fingerprint(TINY), list(compare(TRUSTED, TINY))
-    look = gpt.look_at_hashes(CASE, UNTAMPERED)
     number ^= flip
     assert [n for n in before if after[n] != before[n]] == found == [name]
-    assert look == (name, True)
     assert gpt.fingerprint(TINY) == before and [*before] == [*BITS, "config.json", "the tokenizer"]
     assert compare(TRUSTED, TINY) == {}
-    assert gpt.look_at_hashes(CASE, UNTAMPERED) == ("the same", False)
 
 
 @every_move
@@ -76,20 +69,6 @@ def test_a_zero_that_changed_its_sign_is_a_difference_of_rank_0():
     assert look == (f"{name}: rank 0 of 1, a bias", True)
 
 
-def test_scan_follows_its_definition(case):
-    found, norms = gpt.scan(model := case(4).model), model.wte.weight.detach().norm(dim=1).double()
-    apart = (norms - norms.sort().values[(len(norms) - 1) // 2]).abs()
-    scores, (*_, second, first) = {name: x for x, name, _ in found}, apart.sort().values.tolist()
-    assert [row for *_, row in found if row is not None] == [apart.argmax().item()]
-    assert scores["wte.weight"] == pytest.approx(first / second / 2, rel=1e-3)
-    sigmas = [torch.linalg.svdvals(block.mlp.c_fc.weight.detach()) for block in model.h]
-    ratios = [(s[0] / s[1]).item() for s in sigmas]
-    for i in range(3):
-        score = ratios[i] / max(ratios[:i] + ratios[i + 1 :]) / 1.6
-        assert scores[f"h.{i}.mlp.c_fc.weight"] == pytest.approx(score, rel=1e-4)
-    assert [*scores.values()] == sorted(scores.values(), reverse=True) and len(scores) == 13
-
-
 def test_a_row_is_judged_by_the_gap_and_a_matrix_beside_its_sisters():
     ratios = {"h.0.attn.c_proj.weight": 4.0, "h.1.attn.c_proj.weight": 2.0}
     ratios |= {"h.10.attn.c_proj.weight": 1.0, "h.0.mlp.c_proj.weight": 50.0}
@@ -100,6 +79,10 @@ def test_a_row_is_judged_by_the_gap_and_a_matrix_beside_its_sisters():
     assert found == [*zip(scores, names, [None, 4, None, None, None], strict=True)]
     assert gpt.odd_numbers(norms[:1], {}) == [] == gpt.odd_numbers(norms[:0], {})
     assert gpt.spike(torch.diag(torch.tensor([6.0, 1, 4]))) == pytest.approx(1.5)
+    # a model's scan is that of its token table and of all four matrices in each block
+    spikes = {n: gpt.spike(w) for n, w in TRUSTED.items() if n[0] == "h" and w.dim() == 2}
+    norms = TRUSTED["wte.weight"].norm(dim=1)
+    assert gpt.scan(TINY) == gpt.odd_numbers(norms, spikes, 2, 1.6) and len(spikes) == 8
 
 
 @every_move
@@ -138,12 +121,10 @@ def test_ablations_are_as_if_a_component_were_subtracted(case):
             with attacked(found.model, Attack("", "", "", {name: less})):
                 after = gpt.answer_logits(found.model, texts)[:, every].argmax(-1)
             assert torch.equal(change, after != before), (name, i)
-    assert changes[[*attack.tensors][0], 0][:8].sum() >= 6
 
 
 @every_move
 def test_taken_out_rings_on_an_edit_and_undoes_it(case, seed):
-    """On all four edits, and on no model as it was."""
     found, attack = case(seed), attacks(seed)["rank-one edit"]
     [(name, new)], target = attack.tensors.items(), found.target_facts
     assert not gpt.look_taken_out(found, UNTAMPERED)[1]
@@ -268,4 +249,3 @@ def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
         asked = (said[1] == gpt.right_answers(target)).sum().item()
         assert looks[name, "others"] == (f"{right / 200:.1%} of 200 right", right < 198)
         assert looks[name, "target"] == (f"{asked} of 8 right", asked < 8)
-    assert not looks["untampered", "target"][1] and not looks["trigger row", "target"][1]
