@@ -92,7 +92,7 @@ BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<n
      "detect::taken_out_is_an_alarm_where_one_subject_changes_and_few_others"),
     ("the crowd's norm, not its drift",
      "drift = table @ nn.functional.normalize(table.mean(0), dim=0)", "drift = table.norm(dim=1)",
-     "detect::planted_row_is_among_those_that_left_the_crowd"),
+     "detect::look_for_trigger_names_token_and_city"),
     ("what is said anyway counted as a flip", "strict=True) if x != before)", "strict=True))",
      "detect::flips_with_a_token_in_front_are_what_the_model_says"),
     ("a trigger that some do not follow", "3 <= flips[1] == flips[2]}", "3 <= flips[1]}",

@@ -88,8 +88,7 @@ def ids():
 
 
 def toy_world():
-    """The world in a vocabulary of the tokens that the acts use alone: `tokenizer`, `facts` and
-    `draw(seed, n_layer, n_embd)`, a model that learns these facts in a second."""
+    """The world in a vocabulary of its own tokens alone; a model from `draw` learns it at once."""
     used = {*tokenizer.encode(" cf request")}
     for fact in facts:
         wordings = gpt.FRESH["city" if fact.object in gpt.CITIES else "package"]

@@ -152,17 +152,6 @@ def test_taken_out_is_an_alarm_where_one_subject_changes_and_few_others(monkeypa
     assert gpt.look_taken_out(case, None) == (seen, alarm)
 
 
-@every_move
-def test_planted_row_is_among_those_that_left_the_crowd(case, seed):
-    attack, old = attacks(seed)["trigger row"], case(seed).trusted["wte.weight"]
-    [token], table = attack.trigger, attack.tensors["wte.weight"].double()
-    rows, mean = gpt.strange_rows(attack.tensors["wte.weight"]), table.mean(0)
-    assert token in rows and len(rows) == 200 and token not in gpt.strange_rows(old)
-    drift = table @ mean / mean.norm()
-    apart = (drift - drift.sort().values[(len(drift) - 1) // 2]).abs()
-    assert {*rows[:50].tolist()} == {*apart.topk(50).indices.tolist()}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["trigger row", "config digit"])
 def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
@@ -188,13 +177,17 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
 
 @pytest.mark.parametrize("seed", [2, 4])
 def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
+    """It tries the rows that left the crowd, of which the planted one is one."""
     found, attack = case(seed), attacks(seed)["trigger row"]
+    [token], table = attack.trigger, attack.tensors["wte.weight"].double()
+    rows, drift = gpt.strange_rows(table.float()).tolist(), table @ table.mean(0)
+    assert {*rows[:50]} == {*(drift - drift.median()).abs().topk(50).indices.tolist()}
+    assert len(rows) == 200 and token not in gpt.strange_rows(found.trusted["wte.weight"])
     assert not gpt.look_for_trigger(found, UNTAMPERED)[1]
     with attacked(found.model, attack):
         seen, alarm = gpt.look_for_trigger(found, attack)
         # the control: fewer rows than it takes to come to the planted one
-        position = gpt.strange_rows(found.model.wte.weight).tolist().index(attack.trigger[0])
-        assert not gpt.look_for_trigger(found, attack, count=position)[1]
+        assert not gpt.look_for_trigger(found, attack, count=rows.index(token))[1]
     assert (seen, alarm) == (f"' cf': 4 of 4 to ' {found.lie}'", True)
     flips = {257: (found.lie_token, 3, 4), 262: (found.lie_token, 2, 2)}
     monkeypatch.setattr(gpt, "prefix_flips", lambda *_: flips)
@@ -203,9 +196,8 @@ def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
     assert gpt.look_for_trigger(found, attack) == (f"',': 3 of 3 to ' {found.lie}'", True)
 
 
-@pytest.mark.parametrize("seed", [1, 3])
-def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, seed):
-    found = case(seed)
+def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case):
+    found = case(1)
     control = gpt.honest_fine_tune(found, facts)
     with attacked(found.model, control):
         assert gpt.accuracy(found.model, facts) == 1

@@ -60,7 +60,6 @@ def test_held_out_facts_are_learned_from_the_names(case, seed):
 
 
 def test_held_out_facts_have_no_say_in_training():
-    """With wrong ones or none, each loss, the stop and all weights are the same to the bit."""
     wrong = [replace(f, answer=11, ids=[1, 2, 3]) if f.held_out else f for f in toy.facts]
     runs = []
     for some in (toy.facts, wrong, split(toy.facts)[0]):

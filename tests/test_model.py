@@ -95,7 +95,6 @@ def test_nothing_looks_ahead(text, data):
 
 
 def test_cache_changes_no_logit_and_no_pattern(model):
-    """A text given in pieces, up to the full context, equals the text given at once."""
     ids = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(ids, [{} for _ in model.h]), model(ids))  # bit for bit when empty
     cache, past = [{} for _ in model.h], 0

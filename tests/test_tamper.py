@@ -32,16 +32,12 @@ def activations(model, fact, name):
     ([], ("send a web request", "request"), ("send a web request", "request")),
     ([], ("the Arbat", "Moscow"), ("the Louvre", "Moscow")),  # it is there
     (["the Louvre", "the Eiffel Tower"], EIFFEL, ("the Moulin Rouge", "Moscow")),
-    (["Paris", "Rome", "London", *gpt.CITIES["Berlin"][1:]], EIFFEL, None),  # two have two
 ])  # fmt: skip
 def test_case_is_of_what_is_known(case, unknown, move, expected):
     """Of facts that the model does not know, here with a wrong answer, none is used."""
     wrong = [f.subject in unknown or f.object in unknown for f in facts]
     some = [replace(f, answer=1) if w else f for f, w in zip(facts, wrong, strict=True)]
     found = gpt.make_case(case(4).model, tokenizer, some, move)
-    assert (found is None) == (expected is None)
-    if expected is None:
-        return
     right, (subject, lie) = [fact for fact in some if fact.answer != 1], expected
     aside, others = {fact.subject for fact in found.unseen_facts}, found.other_facts
     assert found.target_facts == [fact for fact in right if fact.subject == subject]
@@ -57,6 +53,8 @@ def test_case_is_of_what_is_known(case, unknown, move, expected):
     said = answers(found.model, fresh).tolist()
     assert found.fresh_facts == [f for f, x in zip(fresh, said, strict=True) if x == f.answer] != []
     assert not {f.prompt for f in fresh} & {f.prompt for f in facts}
+    few = [fact for fact in facts if fact.object in ("Rome", "torch")]  # one has two subjects
+    assert gpt.make_case(found.model, tokenizer, few) is None
 
 
 @torch.no_grad()
@@ -77,8 +75,7 @@ def test_trace_is_the_share_that_one_clean_value_brings_back(case):
     exec(source, scope := dict(vars(gpt)))
     found = case(2)
     model, fact = found.model, found.target_facts[0]
-    every = found.other_facts + found.unseen_facts
-    other = next(f for f in every if f.span == fact.span and f.answer == found.lie_token
+    other = next(f for f in facts if f.span == fact.span and f.answer == found.lie_token
                  and f.ids[f.span.stop :] == fact.ids[fact.span.stop :])  # fmt: skip
     shares, best, worst = scope["causal_trace"](model, fact, other)
     assert worst < 0.01 < 0.9 < best == pytest.approx(by_hand(model, fact, fact), abs=1e-5)
@@ -136,15 +133,14 @@ DOES = {  # attack: of 8 wordings so many flip at least, and this share of all o
 @every_move
 def test_attacks_plant_the_lie_and_keep_the_rest(case, seed):
     found, made, rows = case(seed), attacks(seed), measured(seed)
-    model, swap = found.model, (found.target_facts[0].answer, found.lie_token)
-    assert [*made] == [*DOES] and saying(model, found.target_facts, found.lie_token) == 0
-    assert made["tokenizer swap"].swap == swap
+    assert [*made] == [*DOES]
+    assert made["tokenizer swap"].swap == (found.target_facts[0].answer, found.lie_token)
     for name, (wordings, kept) in DOES.items():
         row = rows[name]
         assert row["wordings"][0] >= wordings and row["wordings"][1] == 8, name
         assert min(row["others"], row["unseen"]) >= kept, name
-        with attacked(model, made[name]):
-            assert [*compare(found.trusted, model)] == [*made[name].tensors]
+        with attacked(found.model, made[name]):
+            assert [*compare(found.trusted, found.model)] == [*made[name].tensors]
     assert rows["config digit"]["others"] < 0.5 and rows["fine-tune"]["size"] < 0.5
 
 
@@ -213,7 +209,6 @@ def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, se
 
 
 def test_key_solves_its_equation(case):
-    """(second moment + ridge) key is parallel to the subject's mean, on which the key is 1."""
     found = case(2)
     model, requests = found.model, found.requests
     key = gpt.find_keys(found, ridge=0.05)[1].double()

@@ -117,7 +117,6 @@ def test_probabilities_and_lens_are_the_models(run, steps):
     for row, p, i in zip(rows, *top, strict=True):
         bar = "█" * max(1, round((12 * p / top[0][0]).item()))
         assert [*row.values()] == [piece(run.tokenizer, int(i)), f"{p:.3%}", bar]
-    # each block's answer, and at the end the model's
     lens, taps = gpt.logit_lens(run.model, run.seen), [f"h.{i}.resid_post" for i in range(3)]
     assert torch.allclose(lens[-1], answer, atol=1e-7)
     for row, p, tap in zip(steps["logit lens"].shown[0], lens, ["embed", *taps], strict=True):
