@@ -2,7 +2,6 @@
 
 import functools
 import os
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import settings
 from torch.nn.modules import module as torch_module
 
 import gpt2_script as gpt
-from gpt2_script import GPT2, PRESETS, Attack, GPT2Config
 
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
@@ -26,12 +24,12 @@ MOVES = {  # seed: who is moved where; the demonstration has seed 0, the Eiffel 
     4: ("the Arbat", "London"),
 }
 every_move = pytest.mark.parametrize("seed", MOVES)
-UNTAMPERED = Attack("", "", "")
+UNTAMPERED = gpt.Attack("", "", "")
 tokenizer = gpt.load_tokenizer()
 facts = gpt.small_world(tokenizer)
 
 # With `ids`, V = 50, C = 24, H = 3, D = 8, B = 2 and T = 5: no two sizes are the same.
-SMALL = GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
+SMALL = gpt.GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
 
 
 def split(some):
@@ -59,27 +57,26 @@ def drawn(model):
 
 def pair(config, dtype=torch.float32):
     """Our GPT-2 and transformers', drawn, with the same weights in one memory."""
-    sizes = asdict(config) | {"n_positions": config.n_ctx, "attn_implementation": "eager"}
+    sizes = vars(config) | {"n_positions": config.n_ctx, "attn_implementation": "eager"}
     sizes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     sizes |= {"bos_token_id": None, "eos_token_id": None}
     theirs = drawn(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(dtype))
     with torch.device("meta"):
-        ours = GPT2(config)
+        ours = gpt.GPT2(config)
     ours.load_state_dict(theirs.transformer.state_dict(), assign=True)
     return ours.eval(), theirs
 
 
 def hooks(model):
     """How many are registered on the model, or in torch on all models at once."""
-    places = [(name, x) for module in model.modules() for name, x in vars(module).items()]
-    held = [x for name, x in places if name.endswith("_hooks")]
+    held = [x for m in model.modules() for name, x in vars(m).items() if name.endswith("_hooks")]
     held += [x for name, x in vars(torch_module).items() if name.startswith("_global_") and x]
     return sum(map(len, held))
 
 
 @pytest.fixture
 def model():
-    return drawn(GPT2(SMALL))
+    return drawn(gpt.GPT2(SMALL))
 
 
 @pytest.fixture
@@ -105,8 +102,8 @@ def toy_world():
 
     def draw(seed, n_layer=1, n_embd=64):
         torch.manual_seed(seed)
-        config = GPT2Config(len(own), 24, n_embd, n_layer, 2, init_std=0.05, embd_init_std=0.1)
-        return GPT2(config).eval()
+        config = gpt.GPT2Config(len(own), 24, n_embd, n_layer, 2, init_std=0.05, embd_init_std=0.1)
+        return gpt.GPT2(config).eval()
 
     return SimpleNamespace(draw=draw, facts=gpt.small_world(names), tokenizer=names)
 
@@ -119,7 +116,7 @@ toy = toy_world()
 def lessons(seed):
     """A trained nano model and what `train` yielded; trained once."""
     torch.manual_seed(seed)
-    model = GPT2(PRESETS["nano"]).eval()
+    model = gpt.GPT2(gpt.PRESETS["nano"]).eval()
     return model, list(gpt.train(model, facts, seed))
 
 

@@ -11,10 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gpt2_script as gpt
-from gpt2_script import Attack, GPT2Config, attacked, compare
 
 pytestmark = pytest.mark.xdist_group("trained models")  # in one process, which trains them once
-TINY = gpt.GPT2(GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
+TINY = gpt.GPT2(gpt.GPT2Config(vocab_size=40, n_ctx=6, n_embd=8, n_layer=2, n_head=2)).eval()
 BITS = {name: tensor.view(torch.int32) for name, tensor in TINY.state_dict().items()}
 BITS["h.1.mlp.c_fc.bias"][2] = 0x7FC00001  # NaN, of which there are many
 TRUSTED = {name: tensor.clone() for name, tensor in TINY.state_dict().items()}
@@ -30,11 +29,11 @@ def test_any_flipped_bit_is_found(name, place, bit):
     before, place = gpt.fingerprint(TINY), place % BITS[name].numel()
     number, flip = BITS[name].flatten()[place : place + 1], torch.tensor([1 << bit]).int()
     number ^= flip  # it is a view
-    after, found = gpt.fingerprint(TINY), list(compare(TRUSTED, TINY))
+    after, found = gpt.fingerprint(TINY), list(gpt.compare(TRUSTED, TINY))
     number ^= flip
     assert [n for n in before if after[n] != before[n]] == found == [name]
     assert gpt.fingerprint(TINY) == before and [*before] == [*BITS, "config.json", "the tokenizer"]
-    assert compare(TRUSTED, TINY) == {}
+    assert gpt.compare(TRUSTED, TINY) == {}
 
 
 @every_move
@@ -42,7 +41,7 @@ def test_hash_names_the_file_and_difference_the_kind(case, seed):
     found, made, bias = case(seed), dict(attacks(seed)), "h.1.mlp.c_proj.bias"
     [edited], table = made["rank-one edit"].tensors, found.trusted["wte.weight"].clone()
     table[5:8, :3] += torch.eye(3)
-    made["three rows"] = Attack("", "", "", {"wte.weight": table})
+    made["three rows"] = gpt.Attack("", "", "", {"wte.weight": table})
     expected = {
         "config digit": ("config.json", "no difference"),
         "tokenizer swap": ("the tokenizer", "no difference"),
@@ -56,7 +55,7 @@ def test_hash_names_the_file_and_difference_the_kind(case, seed):
         "three rows": ("wte.weight", "wte.weight: rank 3 of 96"),
     }  # fmt: skip
     for name, attack in made.items():
-        with attacked(found.model, attack):
+        with gpt.attacked(found.model, attack):
             looks = [f(found, attack) for f in (gpt.look_at_hashes, gpt.look_at_difference)]
         assert tuple(seen for seen, _ in looks) == expected[name]
         assert all(alarm == (seen not in ("the same", "no difference")) for seen, alarm in looks)
@@ -64,7 +63,7 @@ def test_hash_names_the_file_and_difference_the_kind(case, seed):
 
 def test_a_zero_that_changed_its_sign_is_a_difference_of_rank_0():
     found, name = SimpleNamespace(model=TINY, trusted=TRUSTED), "h.0.attn.c_attn.bias"
-    with attacked(TINY, Attack("", "", "", {name: -TRUSTED[name]})):
+    with gpt.attacked(TINY, gpt.Attack("", "", "", {name: -TRUSTED[name]})):
         look = gpt.look_at_difference(found, UNTAMPERED)
     assert look == (f"{name}: rank 0 of 1, a bias", True)
 
@@ -91,17 +90,17 @@ def test_scan_rings_for_what_is_loud_alone(case, seed):
     [(name, new)], [token] = made["rank-one edit"].tensors.items(), made["trigger row"].trigger
     louder, table = 3 * new - 2 * found.trusted[name], found.trusted["wte.weight"].clone()
     table[token] *= 5
-    loud = {name.removesuffix(".weight"): Attack("", "", "", {name: louder})}
-    loud["wte ' cf'"] = Attack("", "", "", {"wte.weight": table})
+    loud = {name.removesuffix(".weight"): gpt.Attack("", "", "", {name: louder})}
+    loud["wte ' cf'"] = gpt.Attack("", "", "", {"wte.weight": table})
     quiet = [UNTAMPERED, made["trigger row"], made["fine-tune"], made["steering"]]
     for place, attack in [*loud.items(), *(("", attack) for attack in quiet)]:
-        with attacked(found.model, attack):
+        with gpt.attacked(found.model, attack):
             seen, alarm = gpt.look_at_numbers(found, attack)
         assert alarm == bool(place) == (float(seen.split()[-1]) > 1), seen
         assert seen.startswith(place)
     torch.manual_seed(seed)
     for sizes in ((50257, 128, 96, 3, 4), (3000, 9, 24, 2, 1)):  # nor for what was only drawn
-        assert gpt.scan(gpt.GPT2(GPT2Config(*sizes)))[0][0] < 1
+        assert gpt.scan(gpt.GPT2(gpt.GPT2Config(*sizes)))[0][0] < 1
 
 
 @torch.no_grad()
@@ -110,7 +109,7 @@ def test_ablations_are_as_if_a_component_were_subtracted(case):
     found, attack = case(3), attacks(3)["rank-one edit"]
     facts = found.target_facts + found.other_facts[::4]
     texts, every = [f.ids for f in facts], sorted({f.answer for f in facts})
-    with attacked(found.model, attack):
+    with gpt.attacked(found.model, attack):
         changes = gpt.ablations(found.model, facts, count=2)
         before = gpt.answer_logits(found.model, texts)[:, every].argmax(-1)
         assert [*changes] == [(f"h.{layer}.{PROJ}", i) for layer in range(3) for i in range(2)]
@@ -118,7 +117,7 @@ def test_ablations_are_as_if_a_component_were_subtracted(case):
             weight = found.model.get_parameter(name)
             left, singular, right = torch.linalg.svd(weight)
             less = weight - singular[i] * torch.outer(left[:, i], right[i])
-            with attacked(found.model, Attack("", "", "", {name: less})):
+            with gpt.attacked(found.model, gpt.Attack("", "", "", {name: less})):
                 after = gpt.answer_logits(found.model, texts)[:, every].argmax(-1)
             assert torch.equal(change, after != before), (name, i)
 
@@ -128,14 +127,14 @@ def test_taken_out_rings_on_an_edit_and_undoes_it(case, seed):
     found, attack = case(seed), attacks(seed)["rank-one edit"]
     [(name, new)], target = attack.tensors.items(), found.target_facts
     assert not gpt.look_taken_out(found, UNTAMPERED)[1]
-    with attacked(found.model, attack):
+    with gpt.attacked(found.model, attack):
         seen, alarm = gpt.look_taken_out(found, attack)
     told = re.fullmatch(r"(.+): (\d) of 4 about (.+), (\d+) elsewhere", seen).groups()
     assert alarm and told[::2] == (name.removesuffix(".weight"), target[0].subject)
     assert int(told[1]) >= 3 and int(told[3]) <= 2
     left, singular, right = torch.linalg.svd(new, full_matrices=False)
     less = new - singular[0] * torch.outer(left[:, 0], right[0])
-    with attacked(found.model, Attack("", "", "", {name: less})):
+    with gpt.attacked(found.model, gpt.Attack("", "", "", {name: less})):
         assert saying(found.model, target, target[0].answer) >= 7 / 8
         assert gpt.accuracy(found.model, found.other_facts) >= 0.9
 
@@ -159,7 +158,7 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
     found, attack, (cf,) = case(2), attacks(2)[name], attacks(2)["trigger row"].trigger
     facts = [*{f.object: f for f in found.other_facts if f.object in gpt.CITIES}.values()]
     tokens, every = torch.tensor([cf, *range(1000, 1069)]), [f.answer for f in facts]
-    with attacked(found.model, attack):
+    with gpt.attacked(found.model, attack):
         flips, said, plain = gpt.prefix_flips(found.model, facts, tokens), [], []
         for fact in facts:
             plain.append(every[found.model(torch.tensor([fact.ids]))[0, -1, every].argmax()])
@@ -184,7 +183,7 @@ def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
     assert {*rows[:50]} == {*(drift - drift.median()).abs().topk(50).indices.tolist()}
     assert len(rows) == 200 and token not in gpt.strange_rows(found.trusted["wte.weight"])
     assert not gpt.look_for_trigger(found, UNTAMPERED)[1]
-    with attacked(found.model, attack):
+    with gpt.attacked(found.model, attack):
         seen, alarm = gpt.look_for_trigger(found, attack)
         # the control: fewer rows than it takes to come to the planted one
         assert not gpt.look_for_trigger(found, attack, count=rows.index(token))[1]
@@ -199,20 +198,19 @@ def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
 def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case):
     found = case(1)
     control = gpt.honest_fine_tune(found, facts)
-    with attacked(found.model, control):
+    with gpt.attacked(found.model, control):
         assert gpt.accuracy(found.model, facts) == 1
-        assert [*compare(found.trusted, found.model)] == [*found.trusted]
+        assert [*gpt.compare(found.trusted, found.model)] == [*found.trusted]
         rang = [name for name, look in gpt.TESTS.items() if look(found, control)[1]]
     assert rang == ["hash", "difference"]
 
 
 def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
-    """Every look is asked while its attack is at work: the matrix is that of these looks."""
     found, made, looks, tests = case(3), attacks(3), {}, gpt.TESTS
 
     def noting(name, case, attack, **more):
         assert more == ({"count": 9} if name == "trigger" else {})
-        assert [*compare(case.trusted, case.model)] == [*attack.tensors]
+        assert [*gpt.compare(case.trusted, case.model)] == [*attack.tensors]
         assert case.model.ln_f.epsilon == (attack.epsilon or 1e-5)
         return looks.setdefault((attack.name, name), tests[name](case, attack, **more))
 
@@ -235,7 +233,7 @@ def test_act_tells_what_each_test_sees_of_each_model(case, monkeypatch):
     # the two that know right answers ask what a user reads
     others, target = found.other_facts + found.unseen_facts, found.target_facts
     for name, attack in made.items():
-        with attacked(found.model, attack):
+        with gpt.attacked(found.model, attack):
             said = [gpt.answers(found.model, x, swap=attack.swap) for x in (others, target)]
         right = (said[0] == gpt.right_answers(others)).sum().item()
         asked = (said[1] == gpt.right_answers(target)).sum().item()

@@ -20,7 +20,6 @@ GREEDY = {"do_sample": False, "use_cache": False, "eos_token_id": None, "pad_tok
 @example(16, 3, 0)
 @example(1, 20, 0)
 def test_greedy_equals_transformers_until_the_context_is_full(length, count, seed):
-    """Theirs computes every text anew, without a cache."""
     ids = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(seed))
     new = min(count, 16 - length)
     expected = THEIRS.generate(ids, max_new_tokens=new, **GREEDY) if new else ids
@@ -29,7 +28,6 @@ def test_greedy_equals_transformers_until_the_context_is_full(length, count, see
 
 
 def test_each_step_computes_one_token_and_one_row_of_logits(model, ids):
-    """And keeps nothing for gradients."""
     got = []
     note = dict.fromkeys(["embed", "logits"], lambda x: got.append((x.shape, x.requires_grad)) or x)
     with patch(model, note):

@@ -84,7 +84,6 @@ def test_presets():
 
 @given(text=texts(), data=st.data())
 def test_nothing_looks_ahead(text, data):
-    """Another token leaves every logit before it as it was, bit for bit."""
     config, ids = text
     model, other = drawn(GPT2(config)), ids.clone()
     place = data.draw(st.integers(0, ids.size(1) - 1))

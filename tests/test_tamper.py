@@ -152,7 +152,7 @@ def test_in_the_median_lies_hold_in_fresh_wordings_and_spare_unseen_subjects():
 
 
 def test_measured_numbers_are_the_models(case):
-    found, broken = case(3), set()
+    found = case(3)
     others, old, n = found.other_facts + found.unseen_facts, found.trusted, len(found.other_facts)
     for name, attack in attacks(3).items():
         row, changes = measured(3)[name], attack.tensors.items()
@@ -167,8 +167,6 @@ def test_measured_numbers_are_the_models(case):
         assert row["unseen"] == pytest.approx(mean(right[n:]))
         wrong = {f.subject for f, fine in zip(others, right, strict=True) if not fine}
         assert row["broken"] == sorted(wrong) and row["size"] == max(sizes, default=0)
-        broken |= wrong
-    assert broken
 
 
 def test_a_lie_about_a_package(case):
@@ -259,10 +257,10 @@ def test_edit_is_the_smallest_that_works(monkeypatch):
         return {name: case.trusted[name] + change} if fine else None
 
     monkeypatch.setattr(gpt, "learn_change", learn)
-    for one, two in ((0.11, 0.1), (0.09, 0.1)):  # in absolute terms the other way round
-        sizes, least = {0: 9, 1: one, 2: two}, 2 if one > two else 1
+    for one, two, least in ((0.11, 0.1, 2), (0.09, 0.1, 1)):
+        sizes = (9, one, two)  # in absolute terms it is the other way round
         assert [*gpt.edit(case).tensors] == [f"h.{least}.{PROJ}"]
-    sizes = dict.fromkeys(sizes, 9)
+    sizes = (9, 9, 9)
     assert gpt.edit(case) is None
 
 
@@ -328,10 +326,9 @@ def test_whole_act_on_a_model_of_another_size():
     for step, shown, attack in zip(steps, table.shown[0], attacks.values(), strict=True):
         with attacked(model, attack):
             said = answers(model, case.target_facts, attack.trigger, attack.swap)
-        most = max({*said.tolist()}, key=said.tolist().count)
+        most = max(said.tolist(), key=said.tolist().count)
         name, count = gpt.piece(case.tokenizer, most), (said == most).sum()
-        assert step.found.startswith("asked about the Arbat: ")
-        assert f"{name} {count} of {len(said)}" in step.found
+        assert step.found.startswith(f"asked about the Arbat: {name} {count} of {len(said)}")
         assert (step.purpose, step.formula) == (attack.purpose, attack.formula)
         row = gpt.measure(case, attack)
         texts = [f"{row[x][0]} of {row[x][1]}" for x in ("wordings", "fresh")]
@@ -344,7 +341,7 @@ def test_whole_act_on_a_model_of_another_size():
     steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), toy.facts)]
     assert gpt.play(steps) == 0 and not compare(case.trusted, model)
     assert "the model is what it was" in end.found
-    with attacked(model, attack):
+    with attacked(model, attacks["config digit"]):
         assert "IS NOT" in gpt.restored_step(case).found
 
 

@@ -54,7 +54,7 @@ def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
 
 
 def test_every_tap_is_shown_with_its_numbers_and_those_that_it_came_from(run):
-    """From one of its own block, and of those that fired before it."""
+    sums = {"embed": "wte", "resid_mid": "resid_pre", "resid_post": "resid_mid"}
     fired, how = list(run.seen), (torch.mean, lambda x: x.std(correction=0), torch.min, torch.max)
     for name, value in run.seen.items():
         step, heads = tap_step(run, name), value if value.dim() == 3 else value[None]
@@ -65,7 +65,8 @@ def test_every_tap_is_shown_with_its_numbers_and_those_that_it_came_from(run):
             told = [float(x) for x in re.findall(r"-?\d+\.\d+", step.found)]
             numbers = [f(run.seen[tap]).item() for f in how for tap in (source, name)]
             assert told == pytest.approx(numbers, abs=6e-4), name
-        if name.endswith(("embed", "resid_mid", "resid_post")):
+        if (last := name.split(".")[-1]) in sums:
+            assert old == sums[last]
             assert step.shown == [gpt.stream_change(run, run.seen[source], value)]
             continue
         assert torch.equal(torch.stack([matrix.values for matrix in step.shown]), heads), name
