@@ -178,8 +178,8 @@ def test_flips_with_a_token_in_front_are_what_the_model_says(case, name):
 def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
     """It tries the rows that left the crowd, of which the planted one is one."""
     found, attack = case(seed), attacks(seed)["trigger row"]
-    [token], table = attack.trigger, attack.tensors["wte.weight"].double()
-    rows, drift = gpt.strange_rows(table.float()).tolist(), table @ table.mean(0)
+    [token], table = attack.trigger, attack.tensors["wte.weight"]
+    rows, drift = gpt.strange_rows(table).tolist(), table.double() @ table.double().mean(0)
     assert {*rows[:50]} == {*(drift - drift.median()).abs().topk(50).indices.tolist()}
     assert len(rows) == 200 and token not in gpt.strange_rows(found.trusted["wte.weight"])
     assert not gpt.look_for_trigger(found, UNTAMPERED)[1]
