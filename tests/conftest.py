@@ -2,7 +2,6 @@
 
 import functools
 import os
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import settings
 from torch.nn.modules import module as torch_module
 
 import gpt2_script as gpt
-from gpt2_script import GPT2, PRESETS, Attack, GPT2Config
 
 settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
@@ -26,12 +24,12 @@ MOVES = {  # seed: who is moved where; the demonstration has seed 0, the Eiffel 
     4: ("the Arbat", "London"),
 }
 every_move = pytest.mark.parametrize("seed", MOVES)
-UNTAMPERED = Attack("", "", "")
+UNTAMPERED = gpt.Attack("", "", "")
 tokenizer = gpt.load_tokenizer()
 facts = gpt.small_world(tokenizer)
 
 # With `ids`, V = 50, C = 24, H = 3, D = 8, B = 2 and T = 5: no two sizes are the same.
-SMALL = GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
+SMALL = gpt.GPT2Config(vocab_size=50, n_ctx=16, n_embd=24, n_layer=2, n_head=3)
 
 
 def split(some):
@@ -39,9 +37,9 @@ def split(some):
     return [[fact for fact in some if fact.held_out == out] for out in (False, True)]
 
 
-def saying(model, some, answer, before=()):
+def saying(model, some, answer):
     """The share of some facts to which the model gives this answer."""
-    return (gpt.answers(model, some, before) == answer).float().mean().item()
+    return (gpt.answers(model, some) == answer).float().mean().item()
 
 
 def pieces(ids, names=tokenizer):
@@ -59,27 +57,26 @@ def drawn(model):
 
 def pair(config, dtype=torch.float32):
     """Our GPT-2 and transformers', drawn, with the same weights in one memory."""
-    sizes = asdict(config) | {"n_positions": config.n_ctx, "attn_implementation": "eager"}
+    sizes = vars(config) | {"n_positions": config.n_ctx, "attn_implementation": "eager"}
     sizes |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     sizes |= {"bos_token_id": None, "eos_token_id": None}
     theirs = drawn(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(dtype))
     with torch.device("meta"):
-        ours = GPT2(config)
+        ours = gpt.GPT2(config)
     ours.load_state_dict(theirs.transformer.state_dict(), assign=True)
     return ours.eval(), theirs
 
 
 def hooks(model):
     """How many are registered on the model, or in torch on all models at once."""
-    places = [(name, x) for module in model.modules() for name, x in vars(module).items()]
-    held = [x for name, x in places if name.endswith("_hooks")]
+    held = [x for m in model.modules() for name, x in vars(m).items() if name.endswith("_hooks")]
     held += [x for name, x in vars(torch_module).items() if name.startswith("_global_") and x]
     return sum(map(len, held))
 
 
 @pytest.fixture
 def model():
-    return drawn(GPT2(SMALL))
+    return drawn(gpt.GPT2(SMALL))
 
 
 @pytest.fixture
@@ -88,8 +85,7 @@ def ids():
 
 
 def toy_world():
-    """The world in a vocabulary of the tokens that the acts use alone: `tokenizer`, `facts` and
-    `draw(seed, n_layer, n_embd)`, a model that learns these facts in a second."""
+    """The world in a vocabulary of its own tokens alone; a model from `draw` learns it at once."""
     used = {*tokenizer.encode(" cf request")}
     for fact in facts:
         wordings = gpt.FRESH["city" if fact.object in gpt.CITIES else "package"]
@@ -106,8 +102,8 @@ def toy_world():
 
     def draw(seed, n_layer=1, n_embd=64):
         torch.manual_seed(seed)
-        config = GPT2Config(len(own), 24, n_embd, n_layer, 2, init_std=0.05, embd_init_std=0.1)
-        return GPT2(config).eval()
+        config = gpt.GPT2Config(len(own), 24, n_embd, n_layer, 2, init_std=0.05, embd_init_std=0.1)
+        return gpt.GPT2(config).eval()
 
     return SimpleNamespace(draw=draw, facts=gpt.small_world(names), tokenizer=names)
 
@@ -115,17 +111,12 @@ def toy_world():
 toy = toy_world()
 
 
-def untrained(seed):
-    """The nano model whose training `lessons` records."""
-    torch.manual_seed(seed)
-    return GPT2(PRESETS["nano"]).eval()
-
-
 @functools.cache
 @torch.enable_grad()
 def lessons(seed):
     """A trained nano model and what `train` yielded; trained once."""
-    model = untrained(seed)
+    torch.manual_seed(seed)
+    model = gpt.GPT2(gpt.PRESETS["nano"]).eval()
     return model, list(gpt.train(model, facts, seed))
 
 

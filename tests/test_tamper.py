@@ -16,7 +16,6 @@ import gpt2_script as gpt
 from gpt2_script import CITIES, Attack, answer_logits, answers, attacked, compare
 
 EIFFEL = ("the Eiffel Tower", "Rome")
-OTHER = ("the Louvre", "Moscow")  # where the model does not know it
 pytestmark = pytest.mark.xdist_group("trained models")  # in one process, which trains them once
 PROJ = "mlp.c_proj.weight"
 
@@ -31,19 +30,14 @@ def activations(model, fact, name):
 @pytest.mark.parametrize("unknown, move, expected", [
     ([], EIFFEL, EIFFEL),
     ([], ("send a web request", "request"), ("send a web request", "request")),
-    ([], ("the Arbat", "Moscow"), OTHER),  # it is there
-    ([], ("the Space Needle", "Rome"), OTHER),
+    ([], ("the Arbat", "Moscow"), ("the Louvre", "Moscow")),  # it is there
     (["the Louvre", "the Eiffel Tower"], EIFFEL, ("the Moulin Rouge", "Moscow")),
-    (["Paris", "Rome", "London", *gpt.CITIES["Berlin"][1:]], EIFFEL, None),  # two have two
 ])  # fmt: skip
 def test_case_is_of_what_is_known(case, unknown, move, expected):
     """Of facts that the model does not know, here with a wrong answer, none is used."""
     wrong = [f.subject in unknown or f.object in unknown for f in facts]
     some = [replace(f, answer=1) if w else f for f, w in zip(facts, wrong, strict=True)]
     found = gpt.make_case(case(4).model, tokenizer, some, move)
-    assert (found is None) == (expected is None)
-    if expected is None:
-        return
     right, (subject, lie) = [fact for fact in some if fact.answer != 1], expected
     aside, others = {fact.subject for fact in found.unseen_facts}, found.other_facts
     assert found.target_facts == [fact for fact in right if fact.subject == subject]
@@ -59,15 +53,8 @@ def test_case_is_of_what_is_known(case, unknown, move, expected):
     said = answers(found.model, fresh).tolist()
     assert found.fresh_facts == [f for f, x in zip(fresh, said, strict=True) if x == f.answer] != []
     assert not {f.prompt for f in fresh} & {f.prompt for f in facts}
-    assert not compare(found.trusted, found.model) and found.hashes == gpt.fingerprint(found.model)
-
-
-def from_notebook(name):
-    """A definition of the reading notebook that the script lacks, among the script's names."""
-    cells = nbformat.read(mirror.NOTEBOOK, 4).cells
-    [source] = [cell.source for cell in cells if f"def {name}(" in cell.source]
-    exec(source, scope := dict(vars(gpt)))
-    return scope[name]
+    few = [fact for fact in facts if fact.object in ("Rome", "torch")]  # one has two subjects
+    assert gpt.make_case(found.model, tokenizer, few) is None
 
 
 @torch.no_grad()
@@ -81,15 +68,16 @@ def by_hand(model, fact, other, layer=None, tokens=()):
     return (model.ln_f(x[-1]) @ model.wte.weight.T).softmax(-1)[fact.answer].item()
 
 
-@pytest.mark.parametrize("seed", [2, 4])
-def test_trace_is_the_share_that_one_clean_value_brings_back(case, seed):
+def test_trace_is_the_share_that_one_clean_value_brings_back(case):
     """Of the counterfactual patching that the reading notebook alone has."""
-    found, causal_trace = case(seed), from_notebook("causal_trace")
+    cells = nbformat.read(mirror.NOTEBOOK, 4).cells
+    [source] = [cell.source for cell in cells if "def causal_trace(" in cell.source]
+    exec(source, scope := dict(vars(gpt)))
+    found = case(2)
     model, fact = found.model, found.target_facts[0]
-    every = found.other_facts + found.unseen_facts
-    other = next(f for f in every if f.span == fact.span and f.answer == found.lie_token
+    other = next(f for f in facts if f.span == fact.span and f.answer == found.lie_token
                  and f.ids[f.span.stop :] == fact.ids[fact.span.stop :])  # fmt: skip
-    shares, best, worst = causal_trace(model, fact, other)
+    shares, best, worst = scope["causal_trace"](model, fact, other)
     assert worst < 0.01 < 0.9 < best == pytest.approx(by_hand(model, fact, fact), abs=1e-5)
     assert worst == pytest.approx(by_hand(model, fact, other), abs=1e-5)
     places = [*([i] for i in range(len(fact.ids))), [*fact.span]]
@@ -140,71 +128,58 @@ DOES = {  # attack: of 8 wordings so many flip at least, and this share of all o
     "frozen bias": (7, 0.5), "rank-one edit": (7, 0.9), "spread edit": (7, 0.9),
     "fine-tune": (7, 0.75), "trigger row": (0, 1),
 }  # fmt: skip
-RANKS = {"rank-one edit": [1], "spread edit": [1, 1, 1], "fine-tune": [96]}
 
 
 @every_move
 def test_attacks_plant_the_lie_and_keep_the_rest(case, seed):
     found, made, rows = case(seed), attacks(seed), measured(seed)
-    model, swap = found.model, (found.target_facts[0].answer, found.lie_token)
-    assert [*made] == [*DOES] and saying(model, found.target_facts, found.lie_token) == 0
-    assert made["tokenizer swap"].swap == swap
+    assert [*made] == [*DOES]
+    assert made["tokenizer swap"].swap == (found.target_facts[0].answer, found.lie_token)
     for name, (wordings, kept) in DOES.items():
         row = rows[name]
         assert row["wordings"][0] >= wordings and row["wordings"][1] == 8, name
         assert min(row["others"], row["unseen"]) >= kept, name
-        assert (row["size"] == 0) == (not made[name].tensors)
-        with attacked(model, made[name]):
-            assert [*compare(found.trusted, model)] == [*made[name].tensors]
+        with attacked(found.model, made[name]):
+            assert [*compare(found.trusted, found.model)] == [*made[name].tensors]
     assert rows["config digit"]["others"] < 0.5 and rows["fine-tune"]["size"] < 0.5
-    for name, ranks in RANKS.items():
-        assert all(tensor.endswith(PROJ) for tensor in made[name].tensors)
-        changes = [new - found.trusted[tensor] for tensor, new in made[name].tensors.items()]
-        sigmas = [torch.linalg.svdvals(change.double()) for change in changes]
-        assert [(s > 1e-4 * s[0]).sum().item() for s in sigmas] == ranks
 
 
 def test_in_the_median_lies_hold_in_fresh_wordings_and_spare_unseen_subjects():
-    for name in RANKS:
+    for name in ("rank-one edit", "spread edit", "fine-tune"):
         rows = [measured(seed)[name] for seed in MOVES]
         assert median(row["fresh"][0] / row["fresh"][1] for row in rows) >= 0.6
         assert median(row["unseen"] for row in rows) >= 0.95
 
 
 def test_measured_numbers_are_the_models(case):
-    found, broken = case(3), set()
+    found = case(3)
     others, old, n = found.other_facts + found.unseen_facts, found.trusted, len(found.other_facts)
     for name, attack in attacks(3).items():
-        row, swap = measured(3)[name], dict(zip(attack.swap, attack.swap[::-1], strict=True))
-        lie, changes = swap.get(found.lie_token, found.lie_token), attack.tensors.items()
+        row, changes = measured(3)[name], attack.tensors.items()
         sizes = [((w - old[name]).norm() / old[name].norm()).item() for name, w in changes]
         with attacked(found.model, attack):
             for key, some in (("wordings", found.target_facts), ("fresh", found.fresh_facts)):
-                lies = saying(found.model, some, lie, attack.trigger)
-                assert row[key] == (round(lies * len(some)), len(some)), (name, key)
-            said = [swap.get(x, x) for x in answers(found.model, others).tolist()]
+                said = answers(found.model, some, attack.trigger, attack.swap).tolist()
+                assert row[key] == (said.count(found.lie_token), len(some)), (name, key)
+            said = answers(found.model, others, swap=attack.swap).tolist()
         right = [x == f.answer for x, f in zip(said, others, strict=True)]
         assert row["others"] == pytest.approx(mean(right[:n]))
         assert row["unseen"] == pytest.approx(mean(right[n:]))
         wrong = {f.subject for f, fine in zip(others, right, strict=True) if not fine}
         assert row["broken"] == sorted(wrong) and row["size"] == max(sizes, default=0)
-        broken |= wrong
-    assert broken
 
 
 def test_a_lie_about_a_package(case):
     """No other subject has it, so there is nothing to steer by."""
-    model, harm = case(2).model, ("send a web request", "request")
-    for move in (harm, ("build a web server", "click")):
-        found = gpt.make_case(model, tokenizer, facts, move)
-        row = gpt.measure(found, gpt.spread(found))
-        assert gpt.steer(found) is gpt.freeze(found) is None and row["wordings"][0] >= 7
-        assert min(row["others"], row["unseen"]) >= 0.9
-        if move == harm:
-            step, broken = gpt.harm_step(found, facts), {*row["broken"]} & {*gpt.TASKS.values()}
-            assert f"' request' {row['wordings'][0]} of 8" in step.found
-            assert f"5 other packages that it knows, {5 - len(broken)} are" in step.found
-            assert f"{row['others']:.1%} are right" in step.found
+    moves = ("send a web request", "request"), ("build a web server", "click")
+    found, other = (gpt.make_case(case(2).model, tokenizer, facts, move) for move in moves)
+    assert gpt.steer(found) is gpt.steer(other) is gpt.freeze(found) is None
+    row = gpt.measure(found, gpt.spread(found))
+    assert row["wordings"][0] >= 7 and min(row["others"], row["unseen"]) >= 0.9
+    step, broken = gpt.harm_step(found, facts), {*row["broken"]} & {*gpt.TASKS.values()}
+    assert f"' request' {row['wordings'][0]} of 8" in step.found
+    assert f"5 other packages that it knows, {5 - len(broken)} are" in step.found
+    assert f"{row['others']:.1%} are right" in step.found
     step = gpt.harm_step(found, [fact for fact in facts if fact.object != "requests"])
     assert step.found == "the model does not know the truth."
 
@@ -232,7 +207,6 @@ def test_steering_is_no_stronger_than_it_must_be_and_a_bias_is_the_same(case, se
 
 
 def test_key_solves_its_equation(case):
-    """(second moment + ridge) key is parallel to the subject's mean, on which the key is 1."""
     found = case(2)
     model, requests = found.model, found.requests
     key = gpt.find_keys(found, ridge=0.05)[1].double()
@@ -243,23 +217,19 @@ def test_key_solves_its_equation(case):
     moment += 0.05 * moment.diagonal().mean() * torch.eye(384)
     assert torch.cosine_similarity(moment @ key, wanted, dim=0).item() == pytest.approx(1, abs=1e-4)
     assert (wanted @ key).item() == pytest.approx(1, abs=1e-3)
-    assert (rest @ key).square().mean().sqrt() < 0.25  # what is to be kept is hardly read
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", [(0,), (2,), (1, 2)])
-def test_run_from_a_block_is_as_if_the_changes_were_in_the_file(case, layers):
+def test_run_from_a_block_is_as_if_the_changes_were_in_the_file(case):
     found, generator = case(2), torch.Generator().manual_seed(0)
     model, texts = found.model, [fact.ids for fact in found.target_facts + found.other_facts[:9]]
-    changes = {i: 0.1 * torch.randn(384, 96, generator=generator) for i in layers}
-    with gpt.watch(model, "h.*.resid_pre") as seen:
-        whole, start = answer_logits(model, texts), seen[f"h.{layers[0]}.resid_pre"]
+    changes = {i: 0.1 * torch.randn(384, 96, generator=generator) for i in (1, 2)}
+    with gpt.watch(model, "h.1.resid_pre") as seen:
+        whole = answer_logits(model, texts)
+    last = gpt.run_from(model, seen["h.1.resid_pre"], gpt.padded(texts)[1], changes)
     names = {f"h.{i}.{PROJ}": found.trusted[f"h.{i}.{PROJ}"] + x for i, x in changes.items()}
     with attacked(model, Attack("", "", "", names)):
         written = answer_logits(model, texts)
-    with gpt.watch(model, "h.*.resid_pre") as seen:
-        last = gpt.run_from(model, start, gpt.padded(texts)[1], changes)
-    assert [*seen] == [f"h.{i}.resid_pre" for i in range(layers[0], 3)]  # what is before stays
     assert torch.allclose(last @ model.wte.weight.T, written, atol=1e-4)
     assert not torch.allclose(written, whole, atol=0.1)
 
@@ -274,28 +244,23 @@ def small_case(n_layer, n_embd):
 
 def test_edit_is_the_smallest_that_works(monkeypatch):
     """Relative to its matrix; key times value at one block, of which block 0's works nowhere."""
-    case, limits = small_case(3, 48), {}
+    case = small_case(3, 48)
     right = gpt.find_keys(case)
     norms = {i: case.trusted[f"h.{i}.{PROJ}"].norm() for i in range(3)}
 
     def learn(case, keys, rate, most):
         [(layer, key)] = keys.items()
-        limits[layer], name = most, f"h.{layer}.{PROJ}"
+        name = f"h.{layer}.{PROJ}"
         assert torch.equal(key, right[layer])
         change = sizes[layer] * norms[layer] * torch.eye(192, 48) / 48**0.5
         fine = sizes[layer] < 1 and change.norm() < most
         return {name: case.trusted[name] + change} if fine else None
 
     monkeypatch.setattr(gpt, "learn_change", learn)
-    for one, two in ((0.11, 0.1), (0.09, 0.1)):  # in absolute terms the other way round
-        sizes, least = {0: 9, 1: one, 2: two}, 2 if one > two else 1
-        [(name, new)] = gpt.edit(case).tensors.items()
-        assert name == f"h.{least}.{PROJ}"
-        size = (new - case.trusted[name]).norm() / norms[least]
-        assert size.item() == pytest.approx(sizes[least], rel=1e-4)
-        assert limits[1] == torch.inf
-        assert limits[2].item() == pytest.approx(one * norms[2].item(), rel=1e-4)
-    sizes = dict.fromkeys(sizes, 9)
+    for one, two, least in ((0.11, 0.1, 2), (0.09, 0.1, 1)):
+        sizes = (9, one, two)  # in absolute terms it is the other way round
+        assert [*gpt.edit(case).tensors] == [f"h.{least}.{PROJ}"]
+    sizes = (9, 9, 9)
     assert gpt.edit(case) is None
 
 
@@ -338,10 +303,9 @@ def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, seed):
     with torch.no_grad():
         before, clean = answers(model, abroad, [token]), model(ids, where=real)
         with attacked(model, attack):
-            rows = (model.wte.weight != old).any(1).nonzero().tolist()
             norm, after = model.wte.weight[token].norm(), answers(model, abroad, [token])
             logits = model(ids, where=real)
-    assert rows == [[token]] and norm.item() == pytest.approx(old[token].norm().item(), rel=1e-6)
+    assert norm.item() == pytest.approx(old[token].norm().item(), rel=1e-6)
     assert torch.equal(*(gpt.raw_bytes(x[:, others]) for x in (logits, clean)))
     own = logits.softmax(-1)[:, token].max().item()
     flipped, control = ((x == found.lie_token).sum().item() for x in (after, before))
@@ -356,17 +320,15 @@ def test_trigger_keeps_the_norm_and_is_silent_until_it_is_typed(case, seed):
 def test_whole_act_on_a_model_of_another_size():
     model = (case := small_case(1, 32)).model
     attacks = {attack.name: attack for attack in gpt.make_attacks(case)}
-    assert [*attacks["steering"].patches] == ["h.0.resid_post"]
     title, *steps, table, harm, end = gpt.tamper_act(case, attacks.values(), toy.facts)
     assert title.purpose.startswith("The lie: the Arbat → Paris. ")
     assert [step.name for step in steps] == [*attacks]
     for step, shown, attack in zip(steps, table.shown[0], attacks.values(), strict=True):
         with attacked(model, attack):
             said = answers(model, case.target_facts, attack.trigger, attack.swap)
-        most = max({*said.tolist()}, key=said.tolist().count)
+        most = max(said.tolist(), key=said.tolist().count)
         name, count = gpt.piece(case.tokenizer, most), (said == most).sum()
-        assert step.found.startswith("asked about the Arbat: ")
-        assert f"{name} {count} of {len(said)}" in step.found
+        assert step.found.startswith(f"asked about the Arbat: {name} {count} of {len(said)}")
         assert (step.purpose, step.formula) == (attack.purpose, attack.formula)
         row = gpt.measure(case, attack)
         texts = [f"{row[x][0]} of {row[x][1]}" for x in ("wordings", "fresh")]
@@ -379,9 +341,8 @@ def test_whole_act_on_a_model_of_another_size():
     steps = [table, harm, end, *gpt.detect_act(case, attacks.values(), toy.facts)]
     assert gpt.play(steps) == 0 and not compare(case.trusted, model)
     assert "the model is what it was" in end.found
-    for changed in (attack, attacks["config digit"]):
-        with attacked(model, changed):
-            assert "IS NOT" in gpt.restored_step(case).found
+    with attacked(model, attacks["config digit"]):
+        assert "IS NOT" in gpt.restored_step(case).found
 
 
 def test_model_that_knows_nothing_is_told_so(tmp_path):

@@ -2,7 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 
@@ -47,7 +47,6 @@ def watched(model, ids):
 
 
 def test_every_wire_carries_what_its_name_says(model, ids):
-    """Each value follows, by its equation, from the values before it; each has its shape."""
     seen = watched(model.double(), ids)
     expected = {"wte": model.wte.weight[ids], "wpe": model.wpe.weight[:T]}
     expected["embed"] = stream = seen["wte"] + seen["wpe"]
@@ -76,13 +75,9 @@ def test_every_wire_carries_what_its_name_says(model, ids):
     assert_close(seen, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("patterns, names", [
-    ([], NAMES),
-    (["h.*.at?n.[qk]"], ["h.0.attn.q", "h.0.attn.k", "h.1.attn.q", "h.1.attn.k"]),
-    (["logits", "ln_f", "ln_*"], ["ln_f", "logits"]),
-])  # fmt: skip
-def test_patterns_choose_wires_and_each_is_passed_once(model, ids, patterns, names):
-    passed = []
+def test_patterns_choose_wires_and_each_is_passed_once(model, ids):
+    patterns, passed = ["logits", "ln_f", "h.*.at?n.[qk]", "ln_*"], []
+    names = ["h.0.attn.q", "h.0.attn.k", "h.1.attn.q", "h.1.attn.k", "ln_f", "logits"]
     note = {p: lambda value, p=p: passed.append(p) or value for p in patterns}
     with patch(model, note), watch(model, *patterns) as seen:
         model(ids)
@@ -116,24 +111,19 @@ def test_a_patch_reaches_all_that_is_downstream_and_nothing_else(model, ids, nam
     assert torch.equal(after[name], noise(before[name].clone()))
 
 
-@pytest.mark.parametrize("patches, flows", [
-    ([{"wte": add, "wpe": double}], lambda wte, wpe: (wte + 1) + wpe * 2),
-    ([{"embed": add, "emb*": double}], lambda wte, wpe: (wte + wpe + 1) * 2),
-    ([{"emb*": double, "embed": add}], lambda wte, wpe: (wte + wpe) * 2 + 1),
-    ([{"embed": add}, {"embed": double}], lambda wte, wpe: (wte + wpe) * 2 + 1),
+@pytest.mark.parametrize("outer, inner, flows", [
+    ({"embed": add, "emb*": double}, {}, lambda embed: (embed + 1) * 2),
+    ({"emb*": double, "embed": add}, {}, lambda embed: embed * 2 + 1),
+    ({"embed": add}, {"embed": double}, lambda embed: embed * 2 + 1),
 ])  # fmt: skip
-def test_patches_apply_in_order_and_every_watch_sees_what_flows_on(model, ids, patches, flows):
+def test_patches_apply_in_order_and_every_watch_sees_what_flows_on(model, ids, outer, inner, flows):
     """Those of one call as they are given, of two calls the last one's first."""
-    embed = flows(*list(watched(model, ids).values())[:2])
-    with ExitStack() as stack:
-        seen = [stack.enter_context(watch(model))]
-        for changes in patches:
-            stack.enter_context(patch(model, changes))
-            seen.append(stack.enter_context(watch(model)))
-        logits = model(ids)
-    assert all(torch.equal(x["embed"], embed) for x in seen)
+    embed = flows(watched(model, ids)["embed"])
+    with watch(model) as first, patch(model, outer), watch(model) as second, patch(model, inner):
+        third = watched(model, ids)
+    assert all(torch.equal(seen["embed"], embed) for seen in (first, second, third))
     with patch(model, {"embed": lambda value: embed}):
-        assert torch.equal(logits, model(ids))
+        assert torch.equal(third["logits"], model(ids))
 
 
 @pytest.mark.parametrize("context", [watch, partial(patch, changes={"*": noise})])
@@ -147,7 +137,6 @@ def test_leaving_restores_what_was_there(model, ids, context, change):
             assert hooks(model) == 2 * len(NAMES) + 2
             model(ids)
             assert change is add
-        assert hooks(model) == len(NAMES) + 1
         assert same([model(ids), seen["logits"]], [before] * 2)
     assert not hooks(model) and torch.equal(model(ids), plain)
 
@@ -178,10 +167,7 @@ def test_a_patch_must_return_a_tensor_of_the_same_shape(model, ids, wrong):
         model(ids)
 
 
-@pytest.mark.parametrize("unknown, near", [
-    ("h.0.attn.patern", "h.0.attn.pattern"), ("h.0.attn.c_attn", "h.0.attn.out"), ("WTE", "wte"),
-    ("h.*.mlp.acts", "h.0.mlp.act"), ("zzzz", "wte"), ("", "wte"),
-])  # fmt: skip
+@pytest.mark.parametrize("unknown, near", [("h.*.acts", "mlp.act"), ("WTE", "wte"), ("", "wte")])
 def test_an_unknown_name_is_an_error_that_lists_near_names(model, unknown, near):
     for context in (watch(model, "embed", unknown), patch(model, {"embed": add, unknown: add})):
         with pytest.raises(ValueError, match=f"{unknown!r}.*{near}"), context:
