@@ -1,11 +1,11 @@
 """The attacks and the tests at GPT-2's size, beside nano: a table.
 
-python tests/full_size.py [--device cuda] [--cache FOLDER]: trains a model of 124 million weights on
-the small world, once (the cache folder keeps its file of 498 MB), then tampers and detects.
+python tests/full_size.py [DEVICE]: trains a model of 124 million weights on the small world, once
+(a folder in ~/.cache keeps its file of 498 MB), then tampers and detects.
 """
 
-import argparse
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -18,16 +18,16 @@ import gpt2_script as gpt
 CACHE = Path.home() / ".cache" / "gpt2-architecture"
 
 
-def load(cache, facts, device):
+def load(facts, device):
     """A model of GPT-2's size that knows the small world, trained unless the cache has it."""
-    if not (file := cache / "model.safetensors").exists():
+    if not (file := CACHE / "model.safetensors").exists():
         torch.manual_seed(0)
         model = gpt.GPT2(gpt.PRESETS["gpt2"]).eval().to(device)
         gpt.play(gpt.training_steps(model, facts, peak_rate=6e-4))
-        cache.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
         save_file({n: w.contiguous().cpu() for n, w in model.state_dict().items()}, file)
-        (cache / "config.json").write_text('{"model_type": "gpt2", "n_head": 12}')
-    return gpt.load_model(cache, device)
+        (CACHE / "config.json").write_text('{"model_type": "gpt2", "n_head": 12}')
+    return gpt.load_model(CACHE, device)
 
 
 def run(name, model, tokenizer, facts):
@@ -52,13 +52,10 @@ def run(name, model, tokenizer, facts):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    options, tokenizer = parser.parse_args(), gpt.load_tokenizer()
+    device, tokenizer = (sys.argv[1:] or ["cpu"])[0], gpt.load_tokenizer()
     facts = gpt.small_world(tokenizer)
-    nano = run("nano", trained(facts, 0, device=options.device), tokenizer, facts)
-    large = run("gpt2", load(options.cache, facts, options.device), tokenizer, facts)
+    nano = run("nano", trained(facts, 0, device=device), tokenizer, facts)
+    large = run("gpt2", load(facts, device), tokenizer, facts)
     print("\n| | nano, 3 blocks × 96 | GPT-2's size, 12 blocks × 768 |\n|---|---|---|")
     for what, seen in nano.items():
         print(f"| {what} | {seen} | {large.get(what, '')} |")

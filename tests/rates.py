@@ -27,7 +27,6 @@ NANO, FIRST = gpt.PRESETS["nano"], 100  # the first seed: those below 100 are th
 
 
 def trained(facts, seed, config=NANO, device="cpu", **settings):
-    """A model trained on facts."""
     torch.manual_seed(seed)
     model = gpt.GPT2(config).eval().to(device)
     [*gpt.train(model, facts, seed, **settings)]
@@ -104,9 +103,8 @@ def print_attacks(seeds, *world):
     for name, rows in found.items():
         row = {"attack": name, "found": f"{len(rows)} of {len(seeds)}"}
         for key in ("wordings", "fresh"):
-            flips = sorted(n / of for n, of in (x[key] for x in rows) if of)
-            row[key] = f"{statistics.median(flips):.0%} ({flips[0]:.0%})"
-            row[f"{key} 5%"] = f"{flips[len(flips) // 20]:.0%}"
+            flips = [n / of for n, of in (x[key] for x in rows) if of]
+            row[key] = f"{statistics.median(flips):.0%} ({min(flips):.0%})"
         for key in ("others", "unseen"):
             kept = [x[key] for x in rows]
             row[key] = f"{statistics.median(kept):.1%} ({min(kept):.0%})"

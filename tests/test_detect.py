@@ -195,8 +195,9 @@ def test_look_for_trigger_names_token_and_city(case, monkeypatch, seed):
     assert gpt.look_for_trigger(found, attack) == (f"',': 3 of 3 to ' {found.lie}'", True)
 
 
-def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case):
-    found = case(1)
+@pytest.mark.parametrize("seed", [1, 3])
+def test_honest_fine_tune_rings_only_beside_a_trusted_copy(case, seed):
+    found = case(seed)
     control = gpt.honest_fine_tune(found, facts)
     with gpt.attacked(found.model, control):
         assert gpt.accuracy(found.model, facts) == 1

@@ -80,6 +80,9 @@ def test_presets():
     expected["nano"] = GPT2Config(50257, 128, 96, 3, 4, 0, 1e-5, 0.05, 0.1)
     assert PRESETS == expected and PRESETS["gpt2"] == GPT2Config()
     pytest.raises(FrozenInstanceError, setattr, PRESETS["gpt2"], "n_layer", 2)
+    with torch.device("meta"):
+        models = GPT2(PRESETS["gpt2"]), GPT2(PRESETS["nano"])
+    assert [sum(map(torch.numel, x.parameters())) for x in models] == [124_439_808, 5_172_672]
 
 
 @given(text=texts(), data=st.data())
