@@ -388,7 +388,8 @@ RELEASED = {  # the revision of openai-community/<name> and the SHA-256 of its m
         "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-FLOATS = "F64", "F32", "F16", "BF16"  # as a file's header spells them
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"BOOL": torch.uint8, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, **FLOATS}
 MASK = re.compile(r"h\.(\d+)\.attn\.(masked_)?bias")  # older programs save the causal mask as well
 MATRIX = re.compile(r"h\.\d{1,6}\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
 SIZES = {  # fields of config.json, and what GPT2Config calls them
@@ -480,31 +481,32 @@ def find_weights(name_or_path):
 
 
 # %%
-def raw_bytes(tensor):
-    """A tensor's bytes, [numbers, bytes of each]: values do not tell 0 from -0."""
-    return tensor.detach().cpu().reshape(-1, 1).view(torch.uint8)
-
-
 class Stored(NamedTuple):
-    """One tensor of a weights file, as its header describes it."""
+    """One tensor as the header of a weights file describes it."""
 
-    file: safe_open
+    file: Path
     key: str  # its name there
     dtype: str  # as the header spells it: F32, BF16, I8
     shape: list
+    start: int  # where its bytes are in the file
+    size: int  # how many there are
 
-    def tensor(self):
-        """Its numbers, which stay where the file is mapped until they are read. Raises InputError
-        for a type that torch lacks."""
-        try:
-            return self.file.get_tensor(self.key)
-        except SafetensorError as error:
-            raise InputError(f"{shorten(ascii(self.key), 60)} is {self.dtype}: unread") from error
+    def bytes(self):
+        """Its bytes, read from the file, as a tensor."""
+        content = torch.empty(self.size, dtype=torch.uint8)
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            file.readinto(content.numpy())
+        return content
+
+    def numbers(self):
+        """Its numbers, read from the file, where its dtype is one of the TYPES."""
+        return self.bytes().view(TYPES[self.dtype]).view(self.shape)
 
     def equals(self, other):
         """Whether another one is of the same type and shape and holds the same bytes."""
         alike = self.dtype == other.dtype and self.shape == other.shape
-        return alike and torch.equal(raw_bytes(self.tensor()), raw_bytes(other.tensor()))
+        return alike and torch.equal(self.bytes(), other.bytes())
 
 
 # %%
@@ -518,18 +520,20 @@ def read_headers(files):
             start = file.read(9)  # the header's length, then the header, which is JSON
             size = int.from_bytes(start[:8], "little")
             try:
-                numbers = safe_open(path, "pt")  # the library refuses whatever is not sound
+                safe_open(path, "pt")  # the library refuses whatever is not sound
                 header = json.loads(start[8:] + file.read(size - 1), object_pairs_hook=list)
             except (SafetensorError, ValueError) as error:
                 what = "cut short or damaged" if start[8:] == b"{" else "no safetensors file"
                 raise InputError(f"{path} is {what if start else 'empty'}") from error
-        for key, _ in header:  # as pairs, for a name may stand there twice
+        for key, pairs in header:  # as pairs, for a name may stand there twice
             if key == "__metadata__":
                 continue
             if (name := key.removeprefix("transformer.")) in stored:
                 raise InputError(f"{path} holds a second {shorten(ascii(name), 60)}")
-            part = numbers.get_slice(key)
-            stored[name] = Stored(numbers, key, part.get_dtype(), part.get_shape())
+            entry = dict(pairs)
+            first, end = entry["data_offsets"]
+            place = 8 + size + first, end - first
+            stored[name] = Stored(path, key, entry["dtype"], entry["shape"], *place)
     if "wte.weight" not in stored and "lm_head.weight" in stored:
         stored["wte.weight"] = stored.pop("lm_head.weight")
     return stored
@@ -643,7 +647,9 @@ def load_model(name_or_path, device="cpu", n_head=None):
     config = configure(stored, files[0], release, n_head)
     with torch.device("meta"):  # the numbers are the file's: none are drawn or kept twice
         model = GPT2(config)
-    weights = {name: stored[name].tensor().float() for name in model.state_dict()}
+    mapped = {file: safe_open(file, "pt") for file in files}
+    parts = {name: stored[name] for name in model.state_dict()}
+    weights = {name: mapped[x.file].get_tensor(x.key).float() for name, x in parts.items()}
     for name, weight in weights.items():
         if not is_finite(weight):
             raise InputError(f"{files[0]}: {name} holds NaN or infinity")
@@ -1277,7 +1283,7 @@ def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=
     """Train a model in eval mode, so without dropout, on the facts that are not held out.
     A generator: it yields (step, loss, the probability of each answer trained on [facts]), and ends
     when all of these are above `sure`, or after `max_steps`; it looks every ten steps. AdamW's
-    running means are shorter than usual (0.8 and 0.95, not 0.9 and 0.999): it is soon over.
+    running means are shorter than usual (0.8 and 0.95, not 0.9 and 0.999): training is short.
     Source: Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1."""
     facts = [fact for fact in facts if not fact.held_out]
     generator, queue = torch.Generator().manual_seed(seed), []
@@ -1419,6 +1425,11 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # the lie; the same spread over all blocks, and, plainest of all, a fine-tune. One row of the token
 # table, which is tied: it serves a token as input and as output. And a lie that does harm.
 # %%
+def raw_bytes(tensor):
+    """A tensor's bytes, [numbers, bytes of each]: values do not tell 0 from -0."""
+    return tensor.detach().cpu().reshape(-1, 1).view(torch.uint8)
+
+
 def fingerprint(model, swap=()):
     """{name: SHA-256} of each tensor, of the configuration, and of the tokenizer's order of tokens,
     in which two may be swapped: one flipped bit in a tensor changes its hash."""
@@ -2258,7 +2269,7 @@ def difference(part, other):
     types = f"{part.dtype} {part.shape}, trusted {other.dtype} {other.shape}"
     if part.shape != other.shape or not {part.dtype, other.dtype} <= {*FLOATS}:
         return f"other bytes: {types}"
-    new, old = part.tensor(), other.tensor()
+    new, old = part.numbers(), other.numbers()
     fine = torch.promote_types(new.dtype, old.dtype)
     coarse = max(new.dtype, old.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if torch.equal(raw_bytes(new.to(coarse)), raw_bytes(old.to(coarse))):
@@ -2291,12 +2302,11 @@ def tensor_steps(stored, trusted=None):
         if part is None:
             continue
         kinds[re.sub(r"\.\d+\.", ".N.", escaped(name)), part.dtype, str(part.shape)] += 1
-        if mask and part.dtype not in (*FLOATS, "BOOL", "U8"):
-            odd.append(f"{shorten(escaped(name), 60)} is {part.dtype}, which no mask is")
+        if 0 in part.shape or part.dtype not in (TYPES if mask else FLOATS):
+            kind = f"{part.dtype} {part.shape}"
+            odd += [f"{shorten(escaped(name), 60)} is {kind}, which no mask is"] * bool(mask)
             continue
-        if not mask and (0 in part.shape or part.dtype not in FLOATS):
-            continue
-        numbers = part.tensor().float()  # as they are loaded
+        numbers = part.numbers().float()  # as they are loaded
         if fault := number_fault(numbers, mask, n_ctx):
             odd.append(f"{shorten(escaped(name), 60)} {fault}")
         elif name == "wte.weight" and numbers.dim() == 2:

@@ -162,7 +162,8 @@ def test_tokens_beyond_the_vocabulary_and_too_small_ones(run, tmp_path):
 
 STEERING = b"\x1b[31m\xff\n\x07\xc2\x9b\xe2\x80\xae".decode("utf-8", "surrogateescape")
 REFUSED = [  # the arguments, and a part of the answer
-    ([""], "the prompt is empty"), (["word " * 200], "has 201 tokens; this model reads at most 1"),
+    (["", "--acts", "learn"], "the prompt is empty"),
+    (["word " * 200], "has 201 tokens; this model reads at most 1"),
     (["--acts", "watch,dance"], "unknown act 'dance'"), (["--acts="], "unknown act ''"),
     (["--layers", "0,3"], "unknown layer '3'"), (["--layers=-1"], "unknown layer '-1'"),
     (["--seed=-1"], "--seed takes 0 to"), (["--seed", 1 << 63], "takes"), (["--seed", "x"], "'x'"),

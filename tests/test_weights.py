@@ -144,7 +144,11 @@ CASES = {
     **{f"mask {i}": (masks(mask), {}, "not the causal mask")  # the last by one number
         for i, mask in enumerate([TRIL * 0 + 1, TRIL[..., :8, :8], TRIL.flatten(),
             TRIL.bool() ^ (torch.arange(256) == 37).view(1, 1, 16, 16)])},
-    "mask, short": (masks(TRIL.short()), {}, "bias is I16, which no mask is"),
+    "mask, short": (masks(TRIL.short()), {}, "bias is I16 [1, 1, 16, 16], which no mask is"),
+    **{f"mask of {len(more)}, {shape}": (raw(ENTRIES, ENTRY.format("h.0.attn.bias", "BOOL", shape,
+        len(DATA), len(DATA + more)), data=DATA + more), {}, odd) for shape, more, odd in [
+            ("16,16", bytes(TRIL.byte().flatten() * 7), "not the causal mask"),
+            (f"{2**63},0", b"", "which no mask is")]},
     **{f"hides {x}": (masks(torch.tensor(x), "attn.masked_bias"), {}, "hides nothing")
         for x in (0.0, NAN, [-1e4, -1e4])},
     # headers that could take long
@@ -152,8 +156,6 @@ CASES = {
         "a second 'a'", UNREADABLE),
     "16,000 blocks": ({FILE: dict.fromkeys([TABLE, "wpe.weight", *(f"h.{i}.attn.c_proj.weight"
         for i in range(16_000))], torch.ones(1, 1)), **says(n_head=1)}, "of 16000 blocks many"),
-    "no type of torch": (raw(*(ENTRY.format(name, "F6_E2M3", "4,4", 12 * i, 12 * i + 12)
-        for i, name in enumerate((TABLE, "wpe.weight", HEAD))), data=bytes(36)), "", UNREADABLE),
     "long context": ({FILE: {TABLE: torch.ones(1, 1), "wpe.weight": torch.ones(1 << 19, 1),
         "h.0.attn.bias": TRIL}}, "is missing", ""),  # a mask for it would have 2 ** 38 numbers
     **{f"file {content[:9]} {len(content)}": ({FILE: content}, part, UNREADABLE)
