@@ -1328,14 +1328,6 @@ def training_steps(model, facts, seed=0, **settings):
 
 
 # %%
-def singular_values(matrix):
-    """A float32 matrix's singular values, the largest first: roots of its Gram matrix's
-    eigenvalues, in float64, which for long matrices is faster than torch.linalg.svdvals."""
-    tall = (matrix if matrix.size(0) > matrix.size(1) else matrix.T).detach().cpu().double()
-    return torch.linalg.eigvalsh(tall.T @ tall).abs().sqrt().flip(0)
-
-
-# %%
 def weight_step(before, after):
     """How far did each matrix move, relative to its norm and per weight (root mean square)? The
     first depends on how small it began: each c_proj is drawn smaller. The condition number σ₁/σₙ
@@ -1343,7 +1335,8 @@ def weight_step(before, after):
     rows = []  # before, after: {name: matrix}
     for name, old in before.items():
         new, change = after[name], after[name] - old
-        condition, now = ((s[0] / s[-1]).item() for s in map(singular_values, (old, new)))
+        values = (torch.linalg.svdvals(matrix.double()) for matrix in (old, new))
+        condition, now = ((sigma[0] / sigma[-1]).item() for sigma in values)
         row = {"": name.removesuffix(".weight"), "moved": f"{change.norm() / old.norm():.0%}"}
         row |= {"per weight": change.square().mean().sqrt().item()}
         row |= {"‖W‖": f"{old.norm():.1f} → {new.norm():.1f}"}
@@ -1862,7 +1855,7 @@ def tamper_act(case, attacks, facts):
 # %%
 def spike(matrix):
     """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
-    first, second = [*singular_values(matrix).tolist(), 0.0][:2]
+    first, second = [*torch.linalg.svdvals(matrix.detach().cpu()).tolist(), 0.0][:2]
     return first / max(second, 1e-30)
 
 
@@ -1906,7 +1899,7 @@ def look_at_difference(case, attack):
     for name, change in [*changes.items()][:2]:
         change = torch.atleast_2d(change)
         touched = change.any(1).nonzero().flatten().tolist()
-        values = singular_values(change[touched])
+        values = torch.linalg.svdvals(change[touched].cpu())
         rank = (values > values[:1] / 1000).sum()  # 0 became -0: there is none
         where = f"of {min(change.shape)}" if change.size(0) > 1 else "of 1, a bias"
         if name == "wte.weight" and len(touched) == 1:
@@ -2279,7 +2272,7 @@ def difference(part, other):
     apart = (raw_bytes(new) != raw_bytes(old)).any(1).view(new.shape)
     norm, rows = old.float().nan_to_num().norm().item(), apart.any(1).nonzero().flatten().tolist()
     change = (new[rows].float() - old[rows].float()).nan_to_num()
-    values = singular_values(change)
+    values = torch.linalg.svdvals(change)
     noise = torch.finfo(coarse).eps * norm / math.sqrt(new.numel())  # of one number
     rank = (values > max(values[0].item() / 1000, noise * sum(map(math.sqrt, new.shape)))).sum()
     some = ", ".join(map(str, rows[:2])) + ", ..." * (len(rows) > 2)
