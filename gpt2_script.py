@@ -1855,7 +1855,8 @@ def tamper_act(case, attacks, facts):
 # %%
 def spike(matrix):
     """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
-    first, second = [*torch.linalg.svdvals(matrix.detach().cpu()).tolist(), 0.0][:2]
+    tall = matrix if matrix.size(0) > matrix.size(1) else matrix.T  # the same, sooner
+    first, second = [*torch.linalg.svdvals(tall.detach().cpu()).tolist(), 0.0][:2]
     return first / max(second, 1e-30)
 
 
