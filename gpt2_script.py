@@ -1466,7 +1466,7 @@ class Case:
     target_facts: list  # what the model knows about the subject
     fresh_facts: list  # the same in wordings that it was never trained on
     other_facts: list  # about subjects that the attacker works with
-    unseen_facts: list  # about up to five subjects that the attacker never sees
+    unseen_facts: list  # about five subjects at most, which the attacker never sees
     trusted: dict  # a copy of the model's state dict
     hashes: dict  # what fingerprint said of it
 
@@ -1855,7 +1855,7 @@ def tamper_act(case, attacks, facts):
 # %%
 def spike(matrix):
     """σ₁/σ₂: how far a matrix's largest singular value stands above its second."""
-    tall = matrix if matrix.size(0) > matrix.size(1) else matrix.T  # the same, sooner
+    tall = matrix if matrix.size(0) > matrix.size(1) else matrix.T  # the same values, sooner
     first, second = [*torch.linalg.svdvals(tall.detach().cpu()).tolist(), 0.0][:2]
     return first / max(second, 1e-30)
 
