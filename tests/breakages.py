@@ -1,8 +1,8 @@
-"""Break gpt2_script.py on purpose, one line at a time: each breakage has a test that must fail.
+"""Break gpt2_script.py in one place at a time: each breakage has a test that must fail.
 
-`python tests/breakages.py [WORD]` tries all, or those with WORD in their name or their test's, each
-in a temporary copy, and exits 1 unless all are caught. A fragment not there exactly once is stale.
-"""
+`python tests/breakages.py [WORD]` tries all, or those with WORD in their name or their
+test's, each in a temporary copy, and exits 1 unless all are caught. A fragment that
+does not stand there exactly once is stale."""
 
 import shutil
 import subprocess
@@ -12,73 +12,96 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # fmt: off
-BREAKAGES = [  # name, a fragment, what replaces it, the test_<file>.py::test_<name> that must fail
-    ("mask is off by one", "triu(S - T + 1)", "triu(S - T + 2)", "model::nothing_looks_ahead"),
-    ("scores not divided by √D", "(q / math.sqrt(D))", "q", "model::equals_transformers"),
-    ("no epsilon", "torch.sqrt(variance + self.epsilon)", "torch.sqrt(variance)",
-     "model::layer_norm_is_torchs"),
-    ("residual projection not scaled", "(C, C, config.init_std / math.sqrt(2 * config.n_layer)",
-     "(C, C, config.init_std", "model::initialisation"),
-    ("a hook left behind", "hooks.enter_context(module.register_forward_hook(read))",
-     "module.register_forward_hook(read)", "taps::leaving_restores_what_was_there"),
-    ("positions ignore the cache", "torch.arange(past, past + T", "torch.arange(0, T",
-     "model::cache_changes_no_logit_and_no_pattern"),
-    ("a patch writes to the original", "value.clone()", "value",
-     "taps::a_patch_reaches_all_that_is_downstream_and_nothing_else"),
-    ("top_p keeps one too many", "likelier < top_p", "likelier <= top_p", "generate::examples"),
-    ("model not restored to the bit", "model.get_parameter(name).data.copy_(old)",
-     "model.get_parameter(name).data -= attack.tensors[name] - old",
-     "tamper::attack_leaves_nothing_behind_also_after_an_error"),
-    ("key not divided", "key / (a @ key)", "key / key.norm()", "tamper::key_solves_its_equation"),
-    ("a change with the other sign", "mlp.c_proj.weight + change", "mlp.c_proj.weight - change",
-     "tamper::run_from_a_block_is_as_if_the_changes_were_in_the_file"),
-    ("a trigger of any norm", "table[token] = (norm * free / free.norm()).detach()",
-     "table[token] = free.detach()",
-     "tamper::trigger_keeps_the_norm_and_is_silent_until_it_is_typed"),
-    ("restored asserted, not measured", "same = fingerprint(case.model) == case.hashes",
-     "same = True", "tamper::whole_act_on_a_model_of_another_size"),
-    ("configuration not hashed", "replace(model.config, layer_norm_epsilon=model.ln_f.epsilon)",
-     "model.config", "detect::hash_names_the_file_and_difference_the_kind"),
-    ("compared by value", "if torch.equal(raw_bytes(x), raw_bytes(trusted[n]))",
-     "if torch.equal(x, trusted[n])", "detect::any_flipped_bit_is_found"),
-    ("components put in, not taken out", "{layer: -torch.outer", "{layer: torch.outer",
-     "detect::ablations_are_as_if_a_component_were_subtracted"),
-    ("untied head accepted", '    if head and not head.equals(stored["wte.weight"]):',
-     '    if head and head.shape != stored["wte.weight"].shape:', "weights::a_folder[head 2]"),
-    ("-0 taken for 0", "apart = (raw_bytes(new) != raw_bytes(old)).any(1)",
-     "apart = (new != old)", "verify::a_change[-0]"),
-    ("swapped tokens not seen", "if own.get(token) != found.get(token)", "if token not in found",
-     "verify::a_folder_with_a_tokenizer[swapped]"),
+BREAKAGES = [  # name, a fragment, what replaces it, test file::a test's first words
+    ("mask off by one", "triu(S - T + 1)", "triu(S - T + 2)", "model::nothing_looks"),
+    ("no division by √D", "/ math.sqrt(D))", ")", "model::equals_transformers"),
+    ("no epsilon", "variance + self.epsilon", "variance", "model::layer_norm"),
+    ("positions ignore the cache", "arange(past, past + T", "arange(0, T",
+     "model::a_text_in_chunks"),
+    ("a hook left behind", "hooks.enter_context(tap.register_forward_hook(Hook(read)))",
+     "tap.register_forward_hook(Hook(read))", "taps::leaving_restores"),
+    ("a patch writes to the wire", "value.clone()", "value", "taps::a_patch_reaches"),
+    ("patches in other order", "in reversed(changes.items())", "in changes.items()",
+     "taps::patches_of_one_call"),
+    ("top-k not rescaled", """top_k:] = 0
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)""",
+     "top_k:] = 0", "generate::the_definition"),
+    ("top-p keeps one too many", "likelier < top_p", "likelier <= top_p",
+     "generate::the_definition"),
+    ("GELU's other name refused", '["gelu_new", "gelu_pytorch_tanh"]', '["gelu_new"]',
+     "weights::files_as_people_have_them"),
+    ("an untied head accepted", "if head and head.read() != ", "if head and b'' == ",
+     "weights::what_is_no_sound"),
+    (".py and .pyc are plain", 'PLAIN = (".safetensors",', 'PLAIN = (".py", ".pyc",',
+     "verify::what_is_found"),
+    ("-0 taken for 0", "(raw_bytes(old) != raw_bytes(new))", "(old != new)",
+     "tamper::a_sign_of_zero"),
+    ("-0.000 shown", "{round(cell, 3) + 0.0:.3f}", "{cell:.3f}", "show::no_number"),
+    ("labels in other order", "Mean, deviation, least", "Deviation, mean, least",
+     "watch::the_whole_act"),
+    ("deviation with n - 1", "std(correction=0)", "std()", "watch::the_whole_act"),
+    ("queries explained as keys", "head: what a token looks for.",
+     "head: what a token can be found by.", "watch::the_whole_act"),
+    ("the lens a token early", "stack([seen[name][-1]", "stack([seen[name][-2]",
+     "watch::probabilities"),
+    ("padding in the loss", "places < lengths[:, None] - 1", "places < 99",
+     "learn::the_loss"),
+    ("training without warm-up", "min(warm_up, decay)", "decay", "learn::the_rate"),
+    ("held-out facts trained on", "[fact for fact in facts if not fact.held_out]",
+     "list(facts)", "learn::held_out_facts_have_no_say"),
+    ("a row of any norm", "old[row].norm() / weight.data[row].norm()", "1",
+     "tamper::a_row_is_one"),
+    ("an attack not undone", "model.get_parameter(name).data.copy_(old)", "pass",
+     "tamper::an_attack_flips"),
+    ("only epsilon hashed", "str(model.config)", "str(model.config.layer_norm_epsilon)",
+     "tamper::each_number"),
+    ("modules not hashed", 'config.append(f"{name}: {numbers}")', "pass",
+     "tamper::each_number"),
+    ("useless tests counted", "if test not in useless", "", "tamper::a_test_that"),
+    ("undone asserted alone", "fingerprint(model) == fingerprint(trusted)", "True",
+     "tamper::what_is_not_undone"),
+    ("--device auto is the CPU", 'if here[device]), "cpu"', 'if False), "cpu"',
+     "script::the_device"),
 ]
 # fmt: on
 
 
 def run_tests(script, tests):
-    """pytest's exit status (1: some failed) and output, on a copy with this text as the script."""
-    command = [sys.executable, "-m", "pytest", "-qx", "-n0", "-p", "no:cacheprovider", *tests]
+    """pytest's exit status (1: some failed) and output, on a copy with this script."""
+    files = {f"tests/test_{test.split('::')[0]}.py": None for test in tests}
+    names = " or ".join(test.split("::")[1] for test in tests)
+    options = ["-qx", "-n0", "-p", "no:cacheprovider", "-k", names]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "tests", f"{folder}/tests")
         shutil.copy(ROOT / "pyproject.toml", folder)
-        Path(folder, "gpt2_script.py").write_text(script)
+        Path(folder, "gpt2_script.py").write_text(script, encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", *options, *files]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
+def verdict(script, old, new, test):
+    """What becomes of one breakage: "caught", or why not."""
+    if script.count(old) != 1:
+        return f"STALE: {old!r} stands there {script.count(old)} times"
+    status, output = run_tests(script.replace(old, new), [test])
+    return {0: "NOT CAUGHT", 1: "caught"}.get(status, output)
+
+
 def main(word=""):
-    script, caught = (ROOT / "gpt2_script.py").read_text(), 0
-    every = [(*x[:3], f"tests/test_{x[3].replace('::', '.py::test_')}") for x in BREAKAGES]
-    chosen = [x for x in every if word in x[0] + x[3]]
+    script = (ROOT / "gpt2_script.py").read_text(encoding="utf-8")
+    chosen = [row for row in BREAKAGES if word in row[0] + row[3]]
     if not chosen:  # no tests at all would mean every test to pytest
         sys.exit(f"no breakage is called {word!r}")
-    status, output = run_tests(script, dict.fromkeys(test for *_, test in chosen))
+    status, output = run_tests(script, [row[3] for row in chosen])
     if status:
         sys.exit(f"{output}\nthe tests fail without a breakage")
-    for name, old, new, test in chosen:
-        status, output = 2, f"stale: {old!r} occurs {script.count(old)} times"
-        if script.count(old) == 1:
-            status, output = run_tests(script.replace(old, new), [test])
-        caught += status == 1
-        print(f"{name}: {('NOT CAUGHT', 'caught')[status] if status < 2 else output}", flush=True)
+
+    caught = 0
+    for name, *breakage in chosen:
+        said = verdict(script, *breakage)
+        caught += said == "caught"
+        print(f"{name}: {said}", flush=True)
     print(f"{caught} of {len(chosen)} caught")
     sys.exit(caught < len(chosen))
 

@@ -1,104 +1,153 @@
-"""Generation: equal to what a model without a cache would say, drawn as the definition says."""
+"""Generation: what a model without a cache would say, drawn as the definition says."""
 
 import math
 from functools import partial
 
 import pytest
 import torch
+import transformers
 from conftest import SMALL, pair
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gpt2_script import GPT2, GPT2Config, generate, next_probabilities, patch
 
-OURS, THEIRS = pair(SMALL, dtype=torch.float64)
-GREEDY = {"do_sample": False, "use_cache": False, "eos_token_id": None, "pad_token_id": 50}
+OURS, THEIRS = pair(SMALL, torch.float64)
+for name, weight in OURS.named_parameters():
+    if name.endswith("bias"):
+        weight.data.zero_()  # or one token would be the likeliest everywhere
 
 
-@given(length=st.integers(1, 16), count=st.integers(0, 20), seed=st.integers(0, 99))
-@example(16, 3, 0)
-@example(1, 20, 0)
-def test_greedy_equals_transformers_until_the_context_is_full(length, count, seed):
-    ids = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(seed))
-    new = min(count, 16 - length)
-    expected = THEIRS.generate(ids, max_new_tokens=new, **GREEDY) if new else ids
+@given(length=st.integers(1, 16), count=st.integers(0, 20))
+@example(length=16, count=3)
+@example(length=1, count=20)
+def test_greedy_equals_transformers_until_the_context_is_full(length, count):
+    ids = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
+    expected, new = ids, min(count, 16 - length)
+    if new:
+        settings = {"do_sample": False, "use_cache": False, "pad_token_id": 50}
+        expected = THEIRS.generate(ids, max_new_tokens=new, **settings)
     assert torch.equal(generate(OURS, ids, count), expected)
-    assert torch.equal(generate(OURS, ids, count, temperature=2, top_k=1), expected)
+
+
+def test_drawn_with_a_cache_equals_drawn_without(ids):
+    """To the token, under one seed."""
+    expected, generator = ids, torch.Generator().manual_seed(7)
+    for _ in range(11):
+        probabilities = next_probabilities(OURS(expected)[:, -1].detach(), 2.0, 12)
+        new = probabilities.multinomial(1, generator=generator)
+        expected = torch.cat((expected, new), dim=1)
+    assert torch.equal(generate(OURS, ids, 11, 2.0, 12, seed=7), expected)
 
 
 def test_each_step_computes_one_token_and_one_row_of_logits(model, ids):
-    got = []
-    note = dict.fromkeys(["embed", "logits"], lambda x: got.append((x.shape, x.requires_grad)) or x)
-    with patch(model, note):
+    shapes, needs_gradients = {"embed": [], "logits": []}, []
+
+    def note(name, value):
+        shapes[name].append(list(value.shape))
+        needs_gradients.append(value.requires_grad)
+        return value
+
+    with patch(model, {name: partial(note, name) for name in shapes}):
         generate(model, ids, 3)
-    new = [((2, 1, 24), False), ((2, 50), False)]
-    assert got == [((2, 5, 24), False), *new[1:], *new, *new]
+    assert shapes["embed"] == [[2, 5, 24], [2, 1, 24], [2, 1, 24]]
+    assert shapes["logits"] == [[2, 50]] * 3
+    assert not any(needs_gradients)
 
 
 def test_endoftext_ends_nothing():
-    """Neither as the prompt's last token nor where all texts say it."""
+    """Neither in the prompt nor where the model says it."""
     end, said = 50256, iter([50256, 50256, 464, 50256])
     model = GPT2(GPT2Config(n_ctx=16, n_embd=4, n_layer=1, n_head=1)).eval()
-    say = {"logits": lambda x: torch.full_like(x, -1e9).index_fill(-1, torch.tensor(next(said)), 0)}
-    with patch(model, say):
+
+    def say_the_next(logits):
+        return torch.zeros_like(logits).index_fill(-1, torch.tensor(next(said)), 9.0)
+
+    with patch(model, {"logits": say_the_next}):
         text = generate(model, torch.tensor([[464, end]]), 4)
     assert text.tolist() == [[464, end, end, end, 464, end]]
 
 
-def test_the_same_seed_draws_the_same(model, ids):
+def test_a_seed_decides_or_else_torchs_own(model, ids):
+    """The first leaves torch's own random numbers alone."""
     draw = partial(generate, model, ids, 11, temperature=1.5)
-    state, first = torch.get_rng_state(), draw(seed=0)
-    assert not torch.equal(draw(), draw()) and not torch.equal(draw(seed=1), first)
-    assert torch.equal(torch.get_rng_state(), state)  # others' random numbers stay what they were
-    torch.rand(1)
-    assert torch.equal(draw(seed=0), first)
+    torch.manual_seed(5)
+    seeded, other_seed, first, second = draw(seed=0), draw(seed=1), draw(), draw()
+    assert torch.equal(draw(seed=0), seeded)
+    assert not torch.equal(other_seed, seeded)
+    assert not torch.equal(second, first)
+    torch.manual_seed(5)
+    assert torch.equal(draw(), first)
 
 
 @given(
-    st.lists(st.integers(-40, 40), min_size=1, max_size=30, unique=True),
-    *map(st.sampled_from, ([0.3, 1, 2.5], [None, 1, 3, 100], [None, 0.05, 0.505, 0.93, 1])),
+    scores=st.lists(st.integers(-40, 40), min_size=1, max_size=30, unique=True),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([None, 1, 3, 100]),
+    top_p=st.sampled_from([None, 0.05, 0.505, 0.93, 1.0]),
 )
 def test_probabilities_are_those_of_transformers(scores, temperature, top_k, top_p):
     logits = torch.tensor([scores]).double() / 7
-    theirs = TemperatureLogitsWarper(float(temperature))(None, logits)
-    theirs = TopKLogitsWarper(top_k or 100)(None, theirs)
-    theirs = TopPLogitsWarper(float(top_p or 1))(None, theirs)
+    theirs = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+    theirs = transformers.TopKLogitsWarper(top_k or 100)(None, theirs)
+    theirs = transformers.TopPLogitsWarper(top_p or 1.0)(None, theirs)
     ours = next_probabilities(logits, temperature, top_k, top_p)
     assert torch.allclose(ours, theirs.softmax(-1), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("shares, arguments, expected", [
-    *(([0.1, 0.4, 0.2, 0.3], (x,), [1 / 4] * 4) for x in (math.inf, 1e30)),
-    *(([0.1, 0.4, 0.2, 0.3], (x,), [0, 1, 0, 0]) for x in (0, 5e-324, 1e-30)),
-    ([0.1, 0.4, 0.2, 0.3], (), [0.1, 0.4, 0.2, 0.3]),
-    ([0.1, 0.4, 0.2, 0.3], (1, 2, 0.5), [0, 1, 0, 0]),  # of what top_k left, 4/7 reaches 0.5
-    # of equal scores exactly k are kept, and the first one wins
-    ([1] * 9000, (1, 3), [1 / 3] * 3 + [0] * 8997), ([1] * 5, (0,), [1, 0, 0, 0, 0]),
-    ([1] * 4, (1, None, 0.5), [0.5, 0.5, 0, 0]),
-])  # fmt: skip
-def test_examples(shares, arguments, expected):
-    found = next_probabilities(torch.tensor(shares).log().expand(3, 2, -1), *arguments)
-    assert found.dtype == torch.double and found.shape == (3, 2, len(shares))
+SHARES = [0.1, 0.4, 0.2, 0.3]
+EXAMPLES = [
+    (SHARES, {}, SHARES),
+    (SHARES, {"temperature": math.inf}, [1 / 4] * 4),
+    (SHARES, {"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
+    (SHARES, {"temperature": 5e-324}, [0, 1, 0, 0]),
+    (SHARES, {"temperature": 0}, [0, 1, 0, 0]),
+    (SHARES, {"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+    (SHARES, {"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),
+    (SHARES, {"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),  # 4/7 alone reaches the sum
+    ([1] * 5, {"top_k": 3}, [1 / 3] * 3 + [0] * 2),  # of equals, the first ones
+    ([1] * 5, {"temperature": 0}, [1, 0, 0, 0, 0]),
+    ([1] * 4, {"top_p": 0.5}, [0.5, 0.5, 0, 0]),
+]
+
+
+@pytest.mark.parametrize("shares, arguments, expected", EXAMPLES)
+def test_the_definition_by_examples(shares, arguments, expected):
+    logits = torch.tensor(shares).log().expand(3, 2, -1)
+    found = next_probabilities(logits, **arguments)
+    assert found.shape == logits.shape
     assert found[2, 1].tolist() == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_frequencies_are_the_probabilities(model, ids):
-    count, arguments = 4000, (2, 12, 0.6)
-    drawn = generate(model, ids[:1].expand(count, -1), 1, *arguments, seed=0)[:, -1]
-    shares = next_probabilities(model(ids[:1])[0, -1].detach(), *arguments)
+    """Within four standard deviations."""
+    count, arguments = 4000, (2.0, 12, 0.6)
+    prompts = ids[:1].expand(count, -1)
+    drawn = generate(model, prompts, 1, *arguments, seed=0)[:, -1]
     found = torch.bincount(drawn, minlength=50) / count
-    assert ((found - shares).abs() <= 4 * (shares * (1 - shares) / count).sqrt()).all()
-    assert shares.count_nonzero() > 2
+
+    expected = next_probabilities(model(ids[:1])[0, -1].detach(), *arguments)
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((found - expected).abs() <= 4 * deviation).all()
+    assert expected.count_nonzero() > 2
 
 
-def test_what_makes_no_sense_is_refused(model, ids):
-    """Also where it would not matter: at temperature 0, with nothing to add."""
-    for length, count in ((0, 1), (0, 0), (17, 1), (17, 0), (1, -1), (16, -1)):
-        with pytest.raises(ValueError, match=f"{length} tokens and {count} more.* 1 to 16"):
-            generate(model, torch.zeros(1, length, dtype=torch.long), count)
-    nan = math.nan
-    for arguments in ((-1,), (nan,), (1, 0), (1, None, 0), (1, None, 1.1), (1, None, nan), (0, 0)):
-        for call in (partial(next_probabilities, torch.zeros(3)), partial(generate, model, ids, 0)):
-            with pytest.raises(ValueError, match="temperature"):
-                call(*arguments)
+@pytest.mark.parametrize("length, count", [(0, 1), (0, 0), (17, 0), (17, 1), (1, -1)])
+def test_no_tokens_too_many_or_fewer_than_none_are_refused(model, length, count):
+    message = f"{length} tokens and {count} more.* 1 to 16"
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.zeros(1, length, dtype=torch.long), count)
+
+
+SENSELESS = [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}]
+SENSELESS += [{"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}]
+SENSELESS += [{"temperature": 0, "top_k": 0}]  # also where it would not matter
+
+
+@pytest.mark.parametrize("arguments", SENSELESS, ids=str)
+def test_settings_without_a_meaning_are_refused(model, ids, arguments):
+    """Also with nothing to add."""
+    with pytest.raises(ValueError, match="temperature is at least 0, top_k"):
+        next_probabilities(torch.zeros(3), **arguments)
+    with pytest.raises(ValueError, match="temperature is at least 0, top_k"):
+        generate(model, ids, 0, **arguments)

@@ -1,111 +1,162 @@
 """How records are printed: nothing is lost, whatever the console can do."""
 
 import io
+import math
 import re
+from collections import Counter
 
 import pytest
 import torch
 from rich.console import Console
 
-from gpt2_script import Act, Matrix, Progress, Step, play, show
+import gpt2_script as gpt
+from gpt2_script import Act, Matrix, Progress, Step
 
 TOKENS = [f"{i} ' t{i}'" for i in range(12)]
-SCORES = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
-PATTERN = SCORES.masked_fill(torch.ones(12, 12).triu(1) > 0, -torch.inf).softmax(-1)
-MAP = Matrix(PATTERN, TOKENS, TOKENS, "head 0 of 4", is_pattern=True)
 NUMBERS = torch.arange(3456.0).view(3, 12, 96)
-HEADS = [Matrix(numbers, TOKENS, (), f"head {i}") for i, numbers in enumerate(NUMBERS)]
 
 
 @pytest.fixture
 def printed(monkeypatch):
-    """A function: what `show` prints of a record, or of what a Step shows, on such a console."""
+    """A function: what `show` prints on such a console, without spaces at line ends."""
 
     def render(record, full=False, width=80, **settings):
-        console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, **settings)
-        monkeypatch.setattr("gpt2_script.console", console)
-        show(Step("", "", "", record) if isinstance(record, list) else record, full)
-        return console.file.getvalue()
+        settings |= {"markup": False, "emoji": False, "highlight": False}
+        console = Console(file=io.StringIO(), width=width, **settings)
+        monkeypatch.setattr(gpt, "console", console)
+        gpt.show(record, full)
+        return re.sub(" +$", "", console.file.getvalue(), flags=re.MULTILINE)
 
     return render
 
 
-SHOWN = [  # a record, the console's width, what is printed
-    (Step("a name", "its\n    purpose", "a formula", ["a text"], "found", ["bad", "too"]), 12,
-        "a name ─────\nits purpose\na formula\na text\nOdd: bad\nOdd: too\n→ found\n\n"),
-    (Step("a", "b"), 9, "a ───────\nb\n\n"), (Act("An act", "text"), 12, "── An act ──\ntext\n\n"),
-    (Progress(0.5, "step 10"), 80, "step 10 ██████████──────────\n"), (Progress(0.5), 80, ""),
-    # numbers stand at the right, words at the left; of two columns none is cut
-    (Step("a", "b", "", [[{"who": "a", "x": 1.25, "said": "' Paris'"},
-        {"who": "bcd", "x": -100, "said": "' A'"}]]), 20,
-        "a ──────────────────\nb\nwho     x said\na   1.250 ' Paris'\nbcd  -100 ' A'\n\n"),
-    (Step("a", "b", "", [[{"model": "h.*.mlp.c_proj.weight, each with an edit of its own",
-        "": "ALARM: 8 of 8 about the Eiffel Tower, 0 elsewhere"}]]), 60, f"a {58 * '─'}\nb\nmodel\n"
-        "h.*.mlp.c_proj.weight, each   ALARM: 8 of 8 about the\n"
-        "with an edit of its own       Eiffel Tower, 0 elsewhere\n\n"),
-    (Step("a corner", "of one head", shown=HEADS), 60, """\
-a corner ───────────────────────────────────────────────────
-of one head
-head 0           0        1        2 ...       95
-0 ' t0'      0.000    1.000    2.000 ...   95.000
-1 ' t1'     96.000   97.000   98.000 ...  191.000
-2 ' t2'    192.000  193.000  194.000 ...  287.000
-3 ' t3'    288.000  289.000  290.000 ...  383.000
-...            ...      ...      ... ...      ...
-11 ' t11' 1056.000 1057.000 1058.000 ... 1151.000
-
-"""),
-]  # fmt: skip
+def step(*shown):
+    return Step("a step", "its purpose", shown=list(shown))
 
 
-@pytest.mark.parametrize("record, width, text", SHOWN)
-def test_record_is_shown_with_all_that_it_says(printed, record, width, text):
-    assert re.sub(" +$", "", printed(record, width=width), flags=re.MULTILINE) == text
+def heat_map(shares, rows, columns):
+    return step(Matrix(torch.tensor(shares), rows, columns, "title", is_map=True))
 
 
-def test_on_a_terminal_progress_is_a_bar_and_full_shows_every_number(printed):
-    assert printed(Progress(0.25), force_terminal=True) == " " + "█" * 5 + "─" * 15 + "\r"
-    everything = printed(HEADS, full=True).split()
-    assert {f"{x:.3f}" for x in NUMBERS.flatten()} < {*everything}
-    assert "..." not in everything
+def body(text):
+    """The lines that a step shows, without its head and the empty line at its end."""
+    return text.splitlines()[2:-1]
 
 
-@pytest.mark.parametrize("width, count", [(30, 3), (40, 3), (55, 2), (60, 1)])
-def test_wide_table_comes_in_parts_and_loses_nothing(printed, width, count):
-    rows = [["a name", "norm before", "norm after", "what was added", "cosine", "last"]]
-    rows += [[f"row {i}", *(f"{10 * i + j}.000" for j in range(1, 6))] for i in range(3)]
-    table = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-    lines = printed([table], width=width).splitlines()[2:-1]
-    assert max(map(len, lines)) <= width and len(lines) == 4 * count
-    for i, (first, *others) in enumerate(rows):
-        assert all(part.startswith(f"{first} ") for part in lines[i::4])
-        shown = " ".join(part.removeprefix(first) for part in lines[i::4])
-        assert shown.split() == " ".join(others).split()
+def test_a_step_is_shown_with_all_that_it_says(printed):
+    shown = ["a text", [{"who": "a", "x": 1.25}, {"who": "bcd", "x": -100}]]
+    record = Step("a name", "what it is for", "a formula", shown, "what was found")
+    assert printed(record, width=20).splitlines() == [
+        "a name ─────────────",
+        "what it is for",
+        "a formula",
+        "a text",
+        "who     x",
+        "a   1.250",  # numbers stand at the right, words at the left
+        "bcd  -100",
+        "→ what was found",
+        "",
+    ]
+    assert printed(Act("An act", "text"), width=12) == "── An act ──\ntext\n\n"
 
 
-def test_heat_map_tells_percents_and_dots_where_nobody_may_look(printed):
-    text = printed([MAP])
-    for i, line in enumerate(text.splitlines()[4:14]):  # ten tokens; with full, all that fit
-        percents = [f"{100 * p:.0f}" for p in PATTERN[i, : i + 1]]
-        assert line.removeprefix(TOKENS[i]).split() == [*percents, *"·" * (9 - i)]
-    assert "head 0 of 4" in text and text.count("·") == 45
-    assert printed([MAP], full=True).count("·") == 66
-    terminal, piped = {"force_terminal": True, "color_system": "truecolor"}, printed([MAP, MAP])
-    bright, grey = (printed([MAP, MAP], **terminal, no_color=x) for x in (False, True))
-    few = printed([MAP, MAP], **terminal | {"color_system": "standard"})
-    assert "\x1b" not in piped and "48;2" not in grey + few
-    assert {re.sub(r"\x1b\[[\d;]*m", "", text) for text in (bright, grey, few)} == {piped}
-    for p in PATTERN[3, :4].tolist():  # the more, the darker the blue
-        assert re.search(rf"48;2;\d+;\d+;{255 - 90 * p:.0f}m *{100 * p:.0f}", bright)
+def test_a_table_too_wide_folds_and_loses_nothing(printed):
+    row = {"test": "other facts", "question": "Are answers about others right?"}
+    row |= {"before": 0.125, "after": -12.5, "": "ALARM: 0 of 8 about the Eiffel Tower"}
+    lines = body(printed(step([row, row]), width=40))
+    assert max(map(len, lines)) <= 40
+
+    cells = "".join(str(gpt.cell_text(cell)) for cell in row.values())
+    said = "".join(row) + cells + cells
+    assert Counter("".join(lines).replace(" ", "")) == Counter(said.replace(" ", ""))
 
 
-@pytest.mark.parametrize("typed, waits", [("\n\n\n\n\n\n", 4), ("\n", 2), ("", 1), (None, 1)])
-def test_play_counts_alarms_and_waits_while_somebody_answers(monkeypatch, capsys, typed, waits):
-    monkeypatch.setattr("sys.stdin", None if typed is None else io.StringIO(typed))
-    records, line = [Act("an act", ""), Progress(1, "done")], "Press Enter for the next step\n"
-    records += [Step(f"step {i}", "", odd=["an alarm"] * i) for i in range(3)]
-    assert play(records, wait=True) == 3
+def test_no_number_is_ever_shown_as_minus_zero(printed):
+    values = torch.tensor([[-0.0001, -0.0, -0.0006]])
+    shown = printed(step([{"": -0.0001}], Matrix(values, ["a"])))
+    assert "-0.000" not in shown and "-0.001" in shown
+
+
+@pytest.mark.xfail(strict=True, reason="what_changed formats with .3f: mean -0.000")
+def test_nor_in_a_sentence():
+    old, new = torch.tensor([-0.0001, 0.0]), torch.tensor([-0.0002, 0.0])
+    assert "-0.000" not in gpt.what_changed("ln_1", old, new, None)
+
+
+def test_of_many_heads_the_corner_of_the_first_is_shown(printed):
+    heads = [Matrix(x, TOKENS, (), f"head {i}") for i, x in enumerate(NUMBERS)]
+    assert body(printed(step(*heads), width=40)) == [
+        "head 0        0       1       2",
+        "0 ' t0'   0.000   1.000   2.000",
+        "1 ' t1'  96.000  97.000  98.000",
+        "2 ' t2' 192.000 193.000 194.000",
+        "3 ' t3' 288.000 289.000 290.000",
+        "4 ' t4' 384.000 385.000 386.000",
+    ]
+
+
+too_wide = pytest.mark.xfail(strict=True, reason="96 columns are folded to nothing")
+
+
+@pytest.mark.parametrize("width", [4, pytest.param(96, marks=too_wide)])
+def test_full_shows_every_number_of_every_head(printed, width):
+    heads = [Matrix(x[:, :width], TOKENS) for x in NUMBERS]
+    words = printed(step(*heads), full=True).split()
+    for number in NUMBERS[:, :, :width].flatten():
+        assert f"{number:.3f}" in words
+
+
+@pytest.mark.xfail(strict=True, reason="columns are a dict's keys: the last one wins")
+def test_columns_of_one_name_are_all_shown(printed):
+    matrix = Matrix(torch.tensor([[1.0, 2.0, 3.0]]), ["a"], ["the", "dog", "the"])
+    assert "1.000 2.000 3.000" in printed(step(matrix))
+
+
+def test_a_heat_map_has_percents_dots_and_blanks(printed):
+    shares = [[0.004, 0.006, math.nan], [0.5, 0.51, 0.9]]
+    assert body(printed(heat_map(shares, ["a row", "b"], ["one", "two", "x"]))) == [
+        "     title",
+        "       on tw  x",
+        "a row      1  ·",
+        "b      50 51 90",
+    ]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="two cells a label: steps 100 and 110 are 10, 11"
+)
+def test_a_heat_map_leaves_its_numbers_whole(printed):
+    text = printed(heat_map([[0.01, 0.01]], ["wte"], ["90", "100"]))
+    assert body(text)[1].split() == ["90", "100"]
+
+
+def test_colour_is_for_terminals_that_want_it(printed):
+    record = heat_map([[0.2, 0.9]], ["a"], ["b", "c"])
+    record.shown.insert(0, [{"": "ALARM: a hash"}])
+    terminal = {"force_terminal": True, "color_system": "standard"}
+    bright = printed(record, **terminal)
+    grey = printed(record, **terminal, _environ={"NO_COLOR": "1"})
+    piped = printed(record)
+
+    assert "\x1b[1;31mALARM" in bright and "\x1b[7m 90" in bright
+    assert "\x1b[1mALARM" in grey and "31m" not in grey
+    assert "\x1b" not in piped
+    assert re.sub(r"\x1b\[[\d;]*m", "", bright).split() == piped.split()
+
+
+def test_progress_is_a_line_and_a_bar_alone_is_overwritten(printed):
+    assert printed(Progress(0.25, "step 10")) == "step 10 █████───────────────\n"
+    assert printed(Progress(0.25, "step 10"), width=10) == "step 10 ██\n"
+    assert printed(Progress(0.25)) == ""
+    assert printed(Progress(0.25), force_terminal=True) == " █████───────────────\r"
+
+
+@pytest.mark.parametrize("typed, waits", [("\n" * 9, 4), ("\n", 2), ("", 1), (None, 1)])
+def test_play_waits_as_long_as_somebody_answers(monkeypatch, capsys, typed, waits):
+    stdin = None if typed is None else io.StringIO(typed)
+    monkeypatch.setattr("sys.stdin", stdin)
+    records = [Act("an act", ""), Progress(1, "done"), *map(step, "abc")]
+    gpt.play(records, wait=True)
     text = capsys.readouterr().out
-    assert text.count(line) == waits and text.count("Odd: an alarm") == 3
-    assert re.search("an act.*done.*step 0.*step 1.*step 2", text, re.DOTALL)
-    assert play(iter(records)) == 3 and capsys.readouterr().out == text.replace(line, "")
+    assert text.count("Press Enter for the next step\n") == waits
+    assert re.search("an act.*done.*a\n.*b\n.*c\n", text, re.DOTALL)

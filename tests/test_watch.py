@@ -1,158 +1,210 @@
-"""The watched run: every number that it tells is the model's."""
+"""The watched run: what it says is true, and each number that it shows is the model's.
 
+To renew the transcript, and then to read it:
+PYTHONPATH=. COLUMNS=80 python tests/test_watch.py > tests/transcript.txt"""
+
+import json
+import math
 import re
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import pieces, tokenizer
-from torch.testing import assert_close
+from conftest import drawn, tokenizer
+from safetensors.torch import save_file
 
 import gpt2_script as gpt
-from gpt2_script import GPT2, PROMPT, GPT2Config, piece, run_prompt, tap_step, watch_act
+from gpt2_script import PROMPT, GPT2Config, run_prompt, watch_act
 
-T = 10  # tokens of PROMPT
+TRANSCRIPT = Path(__file__).with_name("transcript.txt")
+NUMBER = re.compile(r"-?\d+\.\d+|\de-\d+")
+TINY = GPT2Config(n_ctx=32, n_embd=8, n_layer=2, n_head=2)
+OTHER = GPT2Config(n_ctx=12, n_embd=42, n_layer=1, n_head=14)
+V, T = TINY.vocab_size, 10  # tokens of PROMPT
+later = torch.ones(T, T).triu(1) > 0
+
+
+def tiny(config=TINY):
+    model = drawn(gpt.GPT2(config)).requires_grad_(False)
+    for weight in model.parameters():
+        weight *= 0.5  # so that no head looks at one token alone
+    return model
+
+
+def run_of(prompt=PROMPT, config=TINY):
+    return run_prompt(tiny(config), tokenizer, prompt)
+
+
+def by_name(records):
+    return {record.name: record for record in records}
+
+
+def pieces(ids):
+    return [gpt.piece(tokenizer, token) for token in ids.tolist()]
 
 
 @pytest.fixture(scope="module")
 def run():
-    torch.manual_seed(3)
-    return run_prompt(GPT2(gpt.PRESETS["nano"]).eval(), tokenizer, PROMPT)
+    return run_of()
 
 
 @pytest.fixture(scope="module")
 def steps(run):
-    """The act, block 1 of 3 traced in full: {name: Step}, in order."""
-    return {step.name: step for step in watch_act(run, [1])}
+    """The act, both blocks in full: {name: Step}, in order."""
+    return by_name(watch_act(run, layers=[0, 1]))
 
 
-def test_steps_come_in_the_models_order(run, steps):
-    block = [name for name in run.seen if name.startswith("h.1.")]
-    block.insert(block.index("h.1.attn.pattern"), "h.1.attn.mask")
-    assert list(steps) == [
-        "Watch: a prompt on its way through GPT-2", "tokens", "wte", "wpe", "embed", "dropout",
-        "h.0", *block, "h.2", "ln_f", "logits", "probabilities", "logit lens", "the whole way",
-        "the cache", "continuation",
-    ]  # fmt: skip
-    act, *others = steps.values()
-    count = sum(weight.numel() for weight in run.model.parameters())
-    assert f"{count:,} parameters: 3 blocks, 4 heads, 96 numbers" in act.purpose
-    assert "random draws" in act.purpose and all(step.purpose for step in others)
-    assert "random" not in next(watch_act(run, trained=True)).purpose
+def print_transcript(folder):
+    """What the script prints of a tiny model's files."""
+    save_file(tiny().state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"n_head": 2}))
+    options = "--acts watch --layers all --generate 3".split()
+    assert gpt.main(["--model", str(folder), *options]) == 0
 
 
-def test_mask_and_pattern_are_what_softmax_gets_and_gives(run, steps):
-    step, pattern = steps["h.1.attn.mask"], run.seen["h.1.attn.pattern"]
-    values = torch.stack([matrix.values for matrix in step.shown])
-    later = torch.ones(T, T).triu(1) > 0
-    assert torch.equal(values, run.seen["h.1.attn.scores"].masked_fill(later, -torch.inf))
-    assert step.found == "of each head's 10 × 10 scores, 45 became −∞."
-    leaky = replace(run, seen=run.seen | {"h.1.attn.pattern": pattern + 0.125})
-    for some, error, ahead in ((run, r"\de-0[78]", "0"), (leaky, r"1e\+00", "0.125")):
-        found = tap_step(some, "h.1.attn.pattern").found
-        assert re.search(rf"at most {error} off; largest weight ahead: {ahead}\.$", found)
+def test_the_whole_act_says_what_it_said(tmp_path, capsys, monkeypatch):
+    """Words exactly, numbers within what rounding may change."""
+    monkeypatch.setattr(gpt.console, "width", 80)
+    print_transcript(tmp_path)
+    now = " ".join(capsys.readouterr().out.split())
+    then = " ".join(TRANSCRIPT.read_text(encoding="utf-8").split())
+
+    assert NUMBER.split(now) == NUMBER.split(then)
+    numbers = list(map(float, NUMBER.findall(now)))
+    assert numbers == pytest.approx(list(map(float, NUMBER.findall(then))), abs=0.0011)
 
 
-def test_every_tap_is_shown_with_its_numbers_and_those_that_it_came_from(run):
-    sums = {"embed": "wte", "resid_mid": "resid_pre", "resid_post": "resid_mid"}
-    fired, how = list(run.seen), (torch.mean, lambda x: x.std(correction=0), torch.min, torch.max)
-    for name, value in run.seen.items():
-        step, heads = tap_step(run, name), value if value.dim() == 3 else value[None]
-        if name not in ("wte", "wpe") and not name.endswith(("resid_pre", "pattern")):
-            old, key = re.match(r"from (\S+) to (\S+): ", step.found).groups()
-            source = "h.2.resid_post" if name == "ln_f" else name.removesuffix(key) + old
-            assert name.endswith(key) and fired.index(source) < fired.index(name)
-            told = [float(x) for x in re.findall(r"-?\d+\.\d+", step.found)]
-            numbers = [f(run.seen[tap]).item() for f in how for tap in (source, name)]
-            assert told == pytest.approx(numbers, abs=6e-4), name
-        if (last := name.split(".")[-1]) in sums:
-            assert old == sums[last]
-            assert step.shown == [gpt.stream_change(run, run.seen[source], value)]
-            continue
-        assert torch.equal(torch.stack([matrix.values for matrix in step.shown]), heads), name
-        for i, matrix in enumerate(step.shown):
-            assert matrix.rows == run.tokens and matrix.is_pattern == name.endswith("pattern")
-            assert matrix.title == (f"head {i} of 4" if value.dim() == 3 else ""), name
-            assert (matrix.columns == run.tokens) == (value.shape[-2:] == (T, T)), name
+def test_every_wire_is_shown_in_the_models_order_with_what_was_watched(run, steps):
+    with gpt.watch(run.model) as seen:
+        run.model(torch.tensor([run.ids]))
+    assert [name for name in steps if name in seen] == list(seen)
+
+    for name, value in seen.items():
+        shown = steps[name].shown
+        if isinstance(shown[0], list):
+            continue  # a sum has a table instead, tested below
+        if name.endswith("pattern"):
+            value = value.masked_fill(later, math.nan)
+        values = torch.stack([matrix.values for matrix in shown]).view_as(value)
+        assert torch.equal(values.nan_to_num(9), value.nan_to_num(9)), name
+        assert shown[-1].rows == run.tokens
 
 
-def test_the_whole_way_tells_how_each_vector_changed(run, steps):
-    [rows], a, b = steps["the whole way"].shown, run.seen["embed"], run.seen["h.2.resid_post"]
-    norms = [x.norm(dim=1) for x in (a, b, b - a)]
-    expected = torch.stack([*norms, (a * b).sum(1) / norms[0] / norms[1]], dim=1)
-    assert_close(torch.tensor([[*row.values()][1:] for row in rows]), expected)
-    assert [row["token"] for row in rows] == run.tokens
+@pytest.mark.parametrize("old, new", [("wte", "embed"), ("resid_mid", "resid_post")])
+def test_a_sum_tells_how_each_vector_changed(run, steps, old, new):
+    block = "h.1." if new == "resid_post" else ""
+    for i, row in enumerate(steps[block + new].shown[0]):
+        before, after = (run.seen[block + name][i] for name in (old, new))
+        cosine = before @ after / before.norm() / after.norm()
+        norms = before.norm(), after.norm(), (after - before).norm()
+        names = "norm before", "norm after", "norm added", "cosine"
+        assert row["token"] == run.tokens[i]
+        for name, number in zip(names, (*norms, cosine), strict=True):
+            assert row[name] == pytest.approx(number.item(), abs=1e-4)
+
+
+def test_the_mask_hides_later_scores_and_what_leaks_is_told(run, steps):
+    scores = run.seen["h.1.attn.scores"].masked_fill(later, -math.inf)
+    shown = torch.stack([matrix.values for matrix in steps["h.1.attn.mask"].shown])
+    assert torch.equal(shown, scores)
+
+    name = "h.1.attn.pattern"
+    assert torch.allclose(scores.softmax(-1), run.seen[name])
+    leaky = replace(run, seen=run.seen | {name: run.seen[name] + 0.125})
+    found = by_name(gpt.wire_steps(leaky, 1))[name].found
+    assert re.search(r"error 1e\+00 at most\); .* together: 11\.25\.$", found)
 
 
 @pytest.mark.parametrize("prompt", ["a", PROMPT])
-@pytest.mark.parametrize("sizes", [(12, 6, 1, 1), (64, 42, 2, 14)])
-def test_every_formula_has_the_models_shapes(sizes, prompt):
-    (_, C, L, H), run = sizes, run_prompt(GPT2(GPT2Config(50257, *sizes)).eval(), tokenizer, prompt)
-    shown, n = {step.name: step for step in watch_act(run, range(L))}, len(run.ids)
-    assert {*run.seen} < {*shown} and len(shown) == 13 + 16 * L
+@pytest.mark.parametrize("config", [TINY, OTHER])
+def test_every_formula_has_the_models_shapes(config, prompt):
+    run = run_of(prompt, config)
+    steps = by_name(watch_act(run, range(config.n_layer)))
     for name, value in run.seen.items():
-        last = re.findall(r"\[([\d, ]+)\]", shown[name].formula)[-1]
+        last = re.findall(r"\[([\d, ]+)\]", steps[name].formula)[-1]
         assert last == ", ".join(map(str, value.shape)), name
-    assert f"√{C // H}: " in shown["h.0.attn.scores"].formula
-    assert f"[{n}, {C}] @ [{C}, 50257]" in shown["logits"].formula
+
+    C, D = config.n_embd, config.n_embd // config.n_head
+    assert f"[{len(run.ids)}, {C}] @ [{C}, {V}]" in steps["logits"].formula
+    assert f"√{D}: " in steps["h.0.attn.scores"].formula
 
 
-def test_tokens_dropout_and_the_blocks_that_have_a_line_each(run, steps):
-    [rows], found = steps["tokens"].shown, steps["dropout"].found
-    assert rows[4] == {"position, piece": "4 ' Tower'", "id": 8765, "bytes": "20 54 6f 77 65 72"}
-    assert len(rows) == T and "34 bytes became 10 ids" in steps["tokens"].found
-    assert "nothing changed" in found and "(in training, p is 0.0)" in found
-    other = run_prompt(GPT2(GPT2Config(n_embd=6, n_layer=1, n_head=1)).eval(), tokenizer, "a b")
-    other.seen["embed"] *= 2
-    found = [*gpt.text_steps(other)][-1].found
-    assert "something changed" in found and "(in training, p is 0.1)" in found
-    [[row]], ends = steps["h.2"].shown, [run.seen[f"h.2.resid_{x}"] for x in ("pre", "post")]
-    assert {"token": run.tokens[-1]} | row == {"block": "h.2"} | gpt.stream_change(run, *ends)[-1]
-    step = [*watch_act(run, [])][6]
-    assert step.name == "h.0 to h.2" and step.shown[0][2] == row and len(step.shown[0]) == 3
+@pytest.mark.xfail(strict=True, reason="every b at the ends of a word is taken away")
+def test_words_keep_their_letters():
+    assert run_of("bob club").words == ["bob", "club"]
+
+
+@pytest.mark.xfail(strict=True, reason="says '1 scores became'")
+def test_one_is_no_plural():
+    steps = by_name(watch_act(run_of("The dog")))
+    assert steps["h.0.attn.mask"].found == "In each head, 1 score became −∞."
 
 
 def test_probabilities_and_lens_are_the_models(run, steps):
-    [rows], answer = steps["probabilities"].shown, run.seen["logits"][-1].softmax(-1)
-    top = answer.topk(5)
-    for row, p, i in zip(rows, *top, strict=True):
-        bar = "█" * max(1, round((12 * p / top[0][0]).item()))
-        assert [*row.values()] == [piece(run.tokenizer, int(i)), f"{p:.3%}", bar]
-    lens, taps = gpt.logit_lens(run.model, run.seen), [f"h.{i}.resid_post" for i in range(3)]
-    assert torch.allclose(lens[-1], answer, atol=1e-7)
-    for row, p, tap in zip(steps["logit lens"].shown[0], lens, ["embed", *taps], strict=True):
-        read = run.model.ln_f(run.seen[tap][-1]) @ run.model.wte.weight.T
-        assert torch.allclose(p, read.softmax(-1), atol=1e-7)
-        after, two = tap.removesuffix(".resid_post"), pieces(p.topk(2).indices)
-        assert [*row.values()] == [after, *two, f"{p[lens[-1].argmax()]:.3%}"]
+    p = run.model(torch.tensor([run.ids]))[0, -1].softmax(-1)
+    best, rows = p.topk(5), steps["probabilities"].shown[0]
+    assert [row["next token"] for row in rows] == pieces(best.indices)
+    assert [row["p"].strip() for row in rows] == [f"{x:.3%}" for x in best.values]
+
+    stream = run.seen["h.0.resid_post"][-1]
+    p = (run.model.ln_f(stream) @ run.model.wte.weight.T).softmax(-1)
+    row, answer = steps["logit lens"].shown[0][1], f"p({pieces(best.indices)[0]})"
+    first, second = (f"{word} {x:.1%}" for word, x in gpt.largest(tokenizer, p, 2))
+    assert (row["after"], row["likeliest"], row["second"]) == ("h.0", first, second)
+    assert row[answer].strip() == f"{p[best.indices[0]]:.3%}"
 
 
-def test_cache_holds_the_keys_and_values_of_the_run(run, steps):
-    step = steps["the cache"]
-    assert step.formula.startswith("6 × [1, 4, 10, 24]") and "5,760 numbers" in step.found
-    assert "the very keys" in step.found
-    for name in ("h.0.attn.k", "h.2.attn.v"):
+def test_the_cache_is_compared_with_the_keys_and_values_seen(run, steps):
+    assert steps["the cache"].found == "320 numbers: the keys and values seen above."
+    for name in ("h.0.attn.k", "h.1.attn.v"):
         other = replace(run, seen=run.seen | {name: run.seen[name] + 1})
-        assert "NOT the keys" in next(gpt.continuation_steps(other, 1)).found
-    full = run_prompt(GPT2(GPT2Config(50257, 11, 6, 1, 1)).eval(), tokenizer, PROMPT)
-    found = [[*gpt.continuation_steps(full, n)][-1].found for n in (12, 1, 0)]
-    ends = [text.removeprefix("1 token was added") for text in found]
-    assert ends == ["; the context of 11 is full.", ".", "0 tokens were added."]
+        assert "NOT the keys" in next(gpt.continuation_steps(other)).found
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 3}, {"temperature": 50}])
-def test_continuation_shows_the_candidates_before_and_after_sampling(run, sampling):
-    [*_, step] = gpt.continuation_steps(run, 4, seed=5, **sampling)
-    new = gpt.generate(run.model, torch.tensor([run.ids]), 4, seed=5, **sampling)
-    assert len(step.shown) == 4 and step.found == "4 tokens were added."
-    assert step.shown[-1] == f"{PROMPT!r} goes on: {run.tokenizer.decode(new[0, T:].tolist())!r}"
-    for i, rows in enumerate(step.shown[:3]):
-        with torch.no_grad():
-            logits = run.model(new[:, : T + i])[0, -1]
-        drawn = gpt.next_probabilities(logits, **{"temperature": 0} | sampling)
-        p, token = logits.softmax(-1), new[0, T + i].item()
-        candidates = dict.fromkeys([*p.topk(5).indices.tolist(), token])
-        for row, x in zip(rows, candidates, strict=True):
-            shares = f"{p[x]:.2%}", f"{drawn[x]:.2%}"
-            assert [*row.values()] == [piece(run.tokenizer, x), *shares, "←" * (x == token)]
-    assert len(rows) == (6 if sampling == {"temperature": 50} else 5)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 3.0, "top_k": 4}])
+def test_candidates_are_shown_before_and_after_sampling(run, sampling):
+    [_, step] = gpt.continuation_steps(run, 4, seed=1, **sampling)
+    ids = torch.tensor([run.ids])
+    new = gpt.generate(run.model, ids, 4, seed=1, **sampling)[0, T:]
+    p = run.seen["logits"][-1].softmax(-1)
+    drawn_with = gpt.next_probabilities(run.seen["logits"][-1], **sampling)
+
+    rows, text = step.shown
+    for row, token in zip(rows, p.topk(5).indices, strict=False):
+        assert row["first"] == gpt.piece(tokenizer, token.item())
+        assert row["p"].strip() == f"{p[token]:.2%}"
+        assert row["drawn with"].strip() == f"{drawn_with[token]:.2%}"
+    assert [row["first"] for row in rows if row[""]] == pieces(new[:1])
+    assert text == f"{PROMPT!r} → {tokenizer.decode(new.tolist())!r}"
+    assert step.found == "4 tokens added."
+
+
+ENDS = [  # the likeliest token, the continuation, what is told
+    (gpt.END_ID, "", "1 token added; the last, <|endoftext|>, ends the text."),
+    (464, "TheThe", "2 tokens added; the context of 12 is full."),
+]
+
+
+@pytest.mark.parametrize("token, text, found", ENDS)
+def test_a_continuation_stops_at_a_texts_end_or_a_full_context(token, text, found):
+    model = tiny(replace(TINY, n_ctx=12))
+    model.wte.weight[token] = 99 * model.ln_f.bias
+    *_, step = gpt.continuation_steps(run_prompt(model, tokenizer, PROMPT))
+    assert step.shown[-1] == f"{PROMPT!r} → {text!r}"
+    assert step.found == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_another_type_is_watched_too(dtype):
+    run = run_prompt(tiny().to(dtype), tokenizer, "The dog")
+    steps = by_name(watch_act(run, count=2, trained=False))
+    assert "random" in steps["Watch: a prompt on its way through GPT-2"].purpose
+    assert "the keys and values seen above" in steps["the cache"].found
+    assert steps["continuation"].found == "2 tokens added."
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print_transcript(Path(folder))
