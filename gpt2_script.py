@@ -52,6 +52,7 @@ import torch
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -767,7 +768,11 @@ def table(rows):
         justify = "left" if isinstance(cell, str) else "right"
         grid.add_column(str(name), justify=justify, overflow="fold")
     for row in rows:
-        grid.add_row(*map(cell_text, row.values()))
+        cells = [Text(cell_text(cell)) for cell in row.values()]
+        for cell in cells:
+            if cell.plain.startswith("ALARM"):
+                cell.stylize("bold red")
+        grid.add_row(*cells)
     return grid
 
 
@@ -1231,7 +1236,7 @@ def run_prompt(model, tokenizer, prompt):
 
     ids = ids[0].tolist()
     pieces = [piece(tokenizer, token) for token in ids]
-    words = [text.strip("b' ").replace("\\x", "") or "␣" for text in pieces]
+    words = [text.lstrip("b").strip("\"' ") or "␣" for text in pieces]
     tokens = [f"{i} {text}" for i, text in enumerate(pieces)]
     return Run(model, tokenizer, ids, words, tokens, seen, logit_lens(model, seen))
 
@@ -1268,7 +1273,7 @@ def wire_steps(run, wires, prefix=""):
             columns = run.words
 
         if kind == "attn.mask":
-            step.found = f"In each head, {value[0].isinf().sum()} scores became −∞."
+            step.found = f"Scores that became −∞, per head: {value[0].isinf().sum()}."
         elif is_map:
             error, ahead = (value.sum(-1) - 1).abs().max(), value.triu(1).sum()
             step.found = f"Each row sums to 1 (error {error:.0e} at most). All weights "
@@ -1278,7 +1283,7 @@ def wire_steps(run, wires, prefix=""):
             texts = []
             for x in (old, value):
                 numbers = x.mean(), x.std(correction=0), x.min(), x.max()
-                texts.append(", ".join(f"{number.item():.3f}" for number in numbers))
+                texts.append(", ".join(cell_text(number.item()) for number in numbers))
             step.found = f"Mean, deviation, least, most: {texts[0]} → {texts[1]}."
 
         if kind in ("embed", "resid_mid", "resid_post"):
@@ -1598,7 +1603,9 @@ def change_in_words(pieces):
     rank = int((values > values[0] / 1000).sum())
     more = " or more" if rank == 64 else ""
     size = math.sqrt(change_square / max(old_square, 1e-30))
-    where = f"{len(rows):,} of {count:,} rows, from row {rows[0]} on"
+    where = f"{len(rows):,} of {count:,} rows"
+    if len(rows) == 1:
+        where = f"row {rows[0]} of {count:,}"
     return f"{where}, rank {rank}{more}, {size:.2%} of its norm"
 
 
