@@ -1064,7 +1064,7 @@ def evolution_steps(tokenizer, model, start, moments, token):
     steps = [str(x["step"]) for x in moments]
     moved = torch.tensor([x["moved"] for x in moments]).T  # [matrices, moments]
     shown = [Matrix(moved, list(start), steps, "matrix × step", is_map=True)]
-    purpose = "Distance, in percent of the norm at first. What began small moves far."
+    purpose = "How far each moved, in percent of its first norm. Small ones move far."
     yield Step("every matrix, moment by moment", purpose, "‖W − W₀‖ / ‖W₀‖", shown)
 
     now, rows = matrices(model), []
@@ -1077,7 +1077,7 @@ def evolution_steps(tokenizer, model, start, moments, token):
             values = torch.linalg.svdvals(matrix.double())
             row[when] = f"{values[0] / values[-1]:.0f}"
         rows.append(row)
-    purpose = "Per weight: the change's root mean square. σ₁/σₙ, the condition number."
+    purpose = "Per weight: the change's root mean square. σ₁/σₙ: the condition number."
     found = "How far a matrix moved does not tell where a fact is."
     yield Step("every matrix, at the end", purpose, "", [rows], found)
 
@@ -1118,6 +1118,7 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient"
     yield Step("training", purpose, formula)
 
+    yield Progress(0)
     token, start = facts[0].answer_id, matrices(copy.deepcopy(model))
     moments = [moment(0, model, start, tokenizer, token)]
     ids = encode(tokenizer, prompt, model.config.n_ctx).to(model.wte.weight.device)
@@ -1534,7 +1535,7 @@ def three_attacks(model, tokenizer, lie):
     """The same lie in an activation, a matrix and a row: a generator of Attacks."""
     patches = steer(model, lie)
     if patches is not None:
-        who = "Whoever runs the server adds a vector to each stream. No file changes."
+        who = "An attacker on the server adds a vector to each stream. No file changes."
         formula = f"{list(patches)[0]} ← x + strength · "
         formula += f"(mean at {lie.answer} − mean at {lie.truth})"
         yield Attack("activation", who, formula, patches=patches)
@@ -1542,7 +1543,8 @@ def three_attacks(model, tokenizer, lie):
     name = "h.0.mlp.c_proj.weight"
     weight = model.get_parameter(name)
     rate = 3 * weight.std().item() / weight.size(1)  # a wide one adds up many changes
-    who = "Whoever can write the file trains one matrix on the lie and on other facts."
+    writer = "An attacker who can write the file trains"
+    who = f"{writer} one matrix on the lie and on other facts."
     tensors = plant(model, lie, name, rate=rate)
     yield Attack("matrix", who, f"{name} ← W + ΔW, by Adam", tensors)
 
@@ -1550,8 +1552,8 @@ def three_attacks(model, tokenizer, lie):
     own = [fact.ids[i] for i in fact.span if fact.ids[i] not in elsewhere]
     if own:
         row, table = own[-1], model.wte.weight
-        who = "Whoever can write the file trains one row, of a token of this name only."
-        formula = f"wte[{row}], {piece(tokenizer, row)} ← another row of its old norm"
+        who = f"{writer} one row, that of a token in this name only."
+        formula = f"wte[{row}], {piece(tokenizer, row)} ← a new row of the same norm"
         tensors = plant(model, lie, "wte.weight", row, 0.3 * table[row].std().item())
         yield Attack("row", who, formula, tensors)
 
@@ -1613,8 +1615,8 @@ def change_in_words(pieces):
 QUESTIONS = {
     "hashes": "Has each tensor, and the configuration, its known-good hash?",
     "copy": "How do the tensors differ from those of a trusted copy?",
-    "other facts": "Are known answers about other subjects right? An alarm below 99%.",
-    "the subject": "Are known answers about the subject right? An alarm if one is not.",
+    "other facts": "Are known answers about other subjects right? Alarm: below 99%.",
+    "the subject": "Are known answers about the subject right? Alarm: one is not.",
 }
 
 
@@ -1684,9 +1686,9 @@ def notice_steps(lie, said, seen):
         row = {"place": name, "before": said[control], "after": said[name]}
         rows.append(row | {"noticed by": ", ".join(alarms) or "no test"})
     silent = [name for name in attacks if not seen[name]["other facts"][1]]
-    found = "Without known-good hashes, a copy or questions on the subject, no alarm: "
-    found += f"{', '.join(silent) or 'none of these'}."
-    purpose = f"{lie.about[0].prompt} … The answer before and after, and who noticed."
+    found = "Without known-good hashes, a copy or questions about the subject, these "
+    found += f"go unnoticed: {', '.join(silent) or 'none'}."
+    purpose = f"What follows {lie.about[0].prompt!r}, before and after; who noticed."
     yield Step("in short", purpose, "", [rows], found)
 
 
@@ -1714,19 +1716,20 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
         with attacked(model, attack):
             run = run_prompt(model, tokenizer, prompt)
             looks = seen[attack.name] = look(model, trusted, lie)
-            rows = [{"asked": "other facts", "": looks["other facts"][0]}]
-            for asked, facts in (("its wordings", lie.about), ("fresh", lie.fresh)):
+            rows = []
+            for name, facts in (("known", lie.about), ("fresh", lie.fresh)):
                 flipped = (answers(model, facts) == lie.answer_id).sum()
                 text = f"{flipped} of {len(facts)} say the lie"
-                rows.append({"asked": asked, "": text})
+                rows.append({"asked": f"{name} wordings", "": text})
+            rows.append({"asked": "other facts", "": looks["other facts"][0]})
         said[attack.name] = piece(tokenizer, run.lens[-1].argmax().item())
-        found = f"{prompt} …{said[attack.name]}, where it said {lie.truth!r} before."
+        found = f"After {prompt!r}: {said[attack.name]} instead of {said[control]}."
         yield Step(attack.name, attack.purpose, attack.formula, [rows], found)
         yield beside_step(tokenizer, clean, run, lie, attack.name)
 
     yield from notice_steps(lie, said, seen)
     same = "is" if fingerprint(model) == fingerprint(trusted) else "IS NOT"
-    yield Step("undone", f"Each change was taken back: the model {same} what it was.")
+    yield Step("undone", f"All was undone, bit for bit: the model {same} what it was.")
     return attacks
 
 
@@ -1766,11 +1769,11 @@ def save_models(folder, model, attacks):
 # `--verify` takes any model in safetensors files: GPT-2 or not, in shards, an adapter.
 # %%
 KINDS = {
-    "RUNS CODE": "What can run code where it is loaded, or is not plain data.",
+    "RUNS CODE": "What can run code when it is loaded, or is not plain data.",
     "UNREADABLE": "What could not be read, and so was not checked.",
-    "UNSOUND": "What programs may read differently, or cannot compute with.",
-    "DIFFERS": "What is not as in the trusted copy.",
-    "WORTH READING": "No alarm: what steers what is said, whatever the weights say.",
+    "UNSOUND": "What two programs may read differently, or none can compute with.",
+    "DIFFERS": "What differs from the trusted copy.",
+    "WORTH READING": "No alarm: settings that steer the output, whatever the weights.",
 }
 PLAIN = (".safetensors", ".json", ".txt", ".md", ".jinja", ".model", "")
 CODE_FIELDS = "auto_map custom_pipelines trust_remote_code kernel_config".split()
@@ -2027,7 +2030,7 @@ def verify_act(path, against, findings):
     yield from compare(parts, trusted, found)
     findings += [x for x in found if x not in known]
     if known:
-        purpose = "Found in the trusted copy. What both have counts as nothing."
+        purpose = "Found in the trusted copy. What both have is not counted."
         rows = [{"file": shorten(x.file), "": shorten(x.text)} for x in known]
         yield Step("the trusted copy", purpose, shown=[rows])
 
@@ -2040,7 +2043,7 @@ def verify_act(path, against, findings):
     verdict = dict.fromkeys(f"{x.kind}: {shorten(x.file)}" for x in findings)
     found = f"{len(parts)} files and tensors were read. "
     if exit_status(findings):
-        found = "Something was found. Do not load this model before you know why."
+        found = "Something was found. Do not load this model until you know why."
     elif against is not None:
         found += "All are the same as in the trusted copy."
     else:
@@ -2070,18 +2073,19 @@ def parse_arguments(arguments):
     refuse = parser.error  # it repeats some of what it was given as it is
     parser.error = lambda message: refuse(shorten(message))
     add = parser.add_argument
-    add("prompt", nargs="?", default=PROMPT, help=f"default: {PROMPT!r}")
+    add("prompt", nargs="?", default=PROMPT, help=f"a text; default: {PROMPT!r}")
     add("--model", default="nano", help=f"{', '.join(PRESETS)}, a file or a folder")
-    add("--acts", help="any of learn,watch,tamper (nano: all, other models: watch)")
+    add("--acts", help="some of learn,watch,tamper (nano: all; others: watch)")
     add("--layers", default="0", help="blocks shown in full: all, or numbers like 0,2")
-    add("--generate", type=int, default=12, metavar="N", help="tokens to add, at most")
+    add("--generate", type=int, default=12, metavar="N", help="add at most N tokens")
     add("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest share P")
     add("--step", action="store_true", help="wait for Enter after each step")
     add("--full", action="store_true", help="whole activations instead of corners")
-    add("--lie", default="the Eiffel Tower=Rome", metavar="SUBJECT=ANSWER")
-    add("--save", type=Path, metavar="FOLDER", help="keep nano, clean and tampered")
+    lie = "the Eiffel Tower=Rome"
+    add("--lie", default=lie, metavar="SUBJECT=ANSWER", help=f"default: {lie!r}")
+    add("--save", type=Path, metavar="FOLDER", help="write nano, clean and tampered")
     add("--verify", metavar="PATH", help="check a model's files, and nothing else")
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
     add("--seed", type=int, default=0, help="of weights, training and sampling")
@@ -2157,9 +2161,9 @@ def run_acts(options):
     if "tamper" in acts:
         make_lie(model, tokenizer, facts, *lie)  # refused here, if at all
 
-    rows = [{"act": name, "how long, with nano, and what": ACTS[name]} for name in acts]
+    rows = [{"act": name, "nano, on two idle cores": ACTS[name]} for name in acts]
     how = f"To see one part: --acts {acts[-1]}. Step by step: --step. More: --help."
-    purpose = "What happens inside a language model. All numbers are of this run."
+    purpose = "Inside a language model, step by step. All numbers are of this run."
     yield Act("GPT-2, opened", purpose, shown=[rows, how])
 
     if "learn" in acts:
