@@ -1,8 +1,6 @@
-"""What the tests share: the world, small models, and trained ones."""
+"""What the tests share: the world, small models, and a small vocabulary to train on."""
 
-import functools
 import os
-from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +15,6 @@ settings.register_profile("tests", deadline=None, max_examples=20)
 settings.load_profile("tests")
 torch.set_num_threads(1)  # on a busy machine, threads mostly wait for one another
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
-every_seed = pytest.mark.parametrize("seed", [1, 2])  # the demonstration has seed 0
 tokenizer = gpt.load_tokenizer()
 facts = gpt.small_world(tokenizer)
 
@@ -61,6 +58,10 @@ def hooks(model):
     return sum(map(len, found))
 
 
+def by_name(records):
+    return {record.name: record for record in records if isinstance(record, gpt.Step)}
+
+
 @pytest.fixture
 def model():
     return drawn(gpt.GPT2(SMALL))
@@ -78,12 +79,9 @@ class ToyTokenizer:
         used = {gpt.END_ID}
         for fact in facts:
             used.update([*fact.ids, fact.answer_id])
-        for wordings in (gpt.FRESH_CITIES, gpt.FRESH_TASKS):
-            if isinstance(wordings, str):
-                wordings = wordings.split("\n")
-            for wording in filter(None, wordings):
-                for subject in {fact.subject for fact in facts}:
-                    used.update(gpt.make_fact(tokenizer, wording, subject, "Paris").ids)
+        for wording in gpt.FRESH_CITIES + gpt.FRESH_TASKS:
+            for subject in {fact.subject for fact in facts}:
+                used.update(gpt.make_fact(tokenizer, wording, subject, "Paris").ids)
         self.tokens, self.n_vocab = sorted(used), len(used)
 
     def encode_ordinary(self, text):
@@ -109,22 +107,6 @@ toy.facts = gpt.small_world(toy.tokenizer)
 toy.end_id = toy.tokenizer.tokens.index(gpt.END_ID)
 
 
-@contextmanager
 def toy_training():
-    """Within it, a text ends with the toy vocabulary's own <|endoftext|>."""
-    with mock.patch.object(gpt, "END_ID", toy.end_id):
-        yield
-
-
-@functools.cache
-@torch.enable_grad()
-def lessons(seed):
-    """A nano model trained with that seed, and all that `train` yielded; shared."""
-    torch.manual_seed(seed)
-    model = gpt.GPT2(gpt.PRESETS["nano"]).eval()
-    return model, list(gpt.train(model, facts, seed))
-
-
-def trained(seed):
-    """That model alone."""
-    return lessons(seed)[0]
+    """A context within which a text ends with the toy vocabulary's <|endoftext|>."""
+    return mock.patch.object(gpt, "END_ID", toy.end_id)
