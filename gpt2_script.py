@@ -1157,7 +1157,7 @@ embed: Their sum opens the residual stream: one vector per token, to be added to
 BLOCK = """
 resid_pre: The residual stream as it enters the block.
     x: [{T}, {C}]
-ln_1: Layer norm: each vector to mean 0, deviation 1; then a learned scale, shift.
+ln_1: Layer norm: each vector to mean 0, deviation 1; then a learned scale and shift.
     (x − mean) / √(variance + ε) · weight + bias: [{T}, {C}] → [{T}, {C}]
 attn.q: Queries, one per head: what a token looks for.
     ln_1 @ first third of c_attn + b: [{T}, {C}] @ [{C}, {C}], as [{H}, {T}, {D}]
