@@ -739,8 +739,8 @@ class Matrix:
 
 
 # %%
-# a notebook gets plain text of 90 columns, which GitHub shows as it is
-plain = {"width": 90, "force_jupyter": False, "force_terminal": False}
+# a notebook gets plain text of 88 columns, which GitHub shows as it is
+plain = {"width": 88, "force_jupyter": False, "force_terminal": False}
 plain = plain if "ipykernel" in sys.modules else {}
 console = Console(**plain, markup=False, emoji=False, highlight=False)
 if console.width < 20:
@@ -835,6 +835,22 @@ def play(records, full=False, wait=False):
             wait = sys.stdin is not None and bool(sys.stdin.readline())
 
 
+# %% tags=["active-ipynb"]
+# def collect(records):
+#     """{name: Step} of an act; what it says of its progress is shown at once."""
+#     steps = {}
+#     for record in records:
+#         if isinstance(record, Progress):
+#             show(record)
+#         else:
+#             steps[record.name] = record
+#     return steps
+#
+#
+# def show_steps(steps, *names, heads=slice(None)):
+#     """Show the Steps of an act that have these names; of patterns, some heads."""
+#     for name in names:
+#         show(replace(steps[name], shown=steps[name].shown[heads]))
 # %% [markdown]
 # ## A small world
 # Facts to learn: landmarks and their cities, tasks and the Python packages that do
@@ -878,6 +894,7 @@ Scripts that {} should depend on
 Most people who {} rely on
 My colleagues {} with the help of
 """.strip().split("\n")
+PROMPT = "The Eiffel Tower is in the city of"
 
 
 # %%
@@ -1140,11 +1157,23 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
 
 
 # %% [markdown]
+# A nano model learns. Its progress comes first, then what the act says about it.
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# tokenizer, model = load_tokenizer(), GPT2(PRESETS["nano"]).eval()
+# facts = small_world(tokenizer)
+# learned = collect(learn_act(model, tokenizer, facts, PROMPT))
+# %% tags=["active-ipynb"]
+# show_steps(learned, "the small world", "training", "what came of it")
+# %% tags=["active-ipynb"]
+# show_steps(learned, "every matrix, moment by moment", "every matrix, at the end")
+# %% tags=["active-ipynb"]
+# show_steps(learned, "the same numbers", "the token table")
+# %% [markdown]
 # ## Watch
 # A prompt flows through every operation; each says what it is for and shows its
 # numbers.
 # %%
-PROMPT = "The Eiffel Tower is in the city of"
 BEFORE = """
 wte: Each id selects a row of the token table.
     wte[ids]: [{V}, {C}] → [{T}, {C}]
@@ -1372,6 +1401,35 @@ def watch_act(run, layers=(0,), trained=True, **continuation):
     yield from answer_steps(run, **continuation)
 
 
+# %% [markdown]
+# The trained model reads a prompt. First what goes into the first block:
+# %% tags=["active-ipynb"]
+# watched = collect(watch_act(run_prompt(model, tokenizer, PROMPT)))
+# show_steps(watched, "tokens", "wte")
+# %% tags=["active-ipynb"]
+# show_steps(watched, "wpe", "embed", "h.0.resid_pre")
+# %% [markdown]
+# Attention: queries meet keys, and the patterns mix the values of four heads.
+# %% tags=["active-ipynb"]
+# show_steps(watched, "h.0.ln_1", "h.0.attn.q", "h.0.attn.k")
+# %% tags=["active-ipynb"]
+# show_steps(watched, "h.0.attn.v", "h.0.attn.scores", "h.0.attn.mask")
+# %% tags=["active-ipynb"]
+# show_steps(watched, "h.0.attn.pattern", heads=slice(0, 2))
+# %% tags=["active-ipynb"]
+# show_steps(watched, "h.0.attn.pattern", heads=slice(2, 4))
+# %% tags=["active-ipynb"]
+# show_steps(watched, "h.0.attn.heads", "h.0.attn.out", "h.0.resid_mid")
+# %% [markdown]
+# The MLP, the other blocks, and what the model says:
+# %% tags=["active-ipynb"]
+# show_steps(watched, "h.0.ln_2", "h.0.mlp.pre", "h.0.mlp.act")
+# %% tags=["active-ipynb"]
+# show_steps(watched, "h.0.mlp.out", "h.0.resid_post", "the other blocks")
+# %% tags=["active-ipynb"]
+# show_steps(watched, "ln_f", "logits", "probabilities")
+# %% tags=["active-ipynb"]
+# show_steps(watched, "logit lens", "the cache", "continuation")
 # %% [markdown]
 # ## Tamper
 # One lie in three places: an activation while the model runs, a matrix of its file, and
@@ -1616,7 +1674,7 @@ QUESTIONS = {
     "hashes": "Has each tensor, and the configuration, its known-good hash?",
     "copy": "How do the tensors differ from those of a trusted copy?",
     "other facts": "Are known answers about other subjects right? Alarm: below 99%.",
-    "the subject": "Are known answers about the subject right? Alarm: one is not.",
+    "the subject": "Are known answers about the subject right? Alarm: any is wrong.",
 }
 
 
@@ -1733,6 +1791,20 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
     return attacks
 
 
+# %% [markdown]
+# The lie in each place, beside the clean run; then who notices.
+# %% tags=["active-ipynb"]
+# lie = make_lie(model, tokenizer, facts, "the Eiffel Tower", "Rome")
+# tampered = collect(tamper_act(model, tokenizer, lie))
+# show_steps(tampered, "activation", "activation: beside the clean run")
+# %% tags=["active-ipynb"]
+# show_steps(tampered, "matrix", "matrix: beside the clean run")
+# %% tags=["active-ipynb"]
+# show_steps(tampered, "row", "row: beside the clean run")
+# %% tags=["active-ipynb"]
+# show_steps(tampered, "who notices?")
+# %% tags=["active-ipynb"]
+# show_steps(tampered, "in short", "undone")
 # %%
 def save_models(folder, model, attacks):
     """Write nano as model folders: trusted, and one for each Attack on its file; a
@@ -1845,9 +1917,7 @@ def is_program(content):
     if re.match(rb"#!|PK|\x80[\2-\5]", content):
         return True
     found = set()
-    with suppress(
-        Exception
-    ):  # what is not a pickle soon has a byte that is not an opcode
+    with suppress(Exception):  # what is not a pickle soon has a byte that is no opcode
         for opcode, _, _ in pickletools.genops(content):
             found.add(opcode.name)
     imports = "GLOBAL" in found or {"MARK", "INST"} <= found
@@ -1915,9 +1985,8 @@ def look_at_files(path):
             text = f"is a link out of the folder, to {real}"
             findings.append(Finding("RUNS CODE", name, text))
         if not os.path.isfile(file):
-            findings.append(
-                Finding("UNREADABLE", name, "is not a file that can be read")
-            )
+            text = "is not a file that can be read"
+            findings.append(Finding("UNREADABLE", name, text))
             continue
 
         problems = list(check_file(name, file))
@@ -2050,9 +2119,32 @@ def verify_act(path, against, findings):
         found += "Nothing was found. Whether the numbers are the right ones, only a "
         found += "trusted copy can tell (--against)."
     purpose = "Exit status 0: nothing found; 1: something; 2: something is unreadable."
-    yield Step("verdict", purpose, "", ["\n".join(verdict)], found)
+    yield Step("verdict", purpose, "", [*verdict], found)
 
 
+# %% [markdown]
+# A model's folder is saved, and a copy of it is tampered with: one number, two words of
+# the vocabulary, and a pickle under a harmless name.
+# %% tags=["active-ipynb"]
+# import pickle
+# from tempfile import TemporaryDirectory
+#
+# temporary = TemporaryDirectory()
+# save_models(Path(temporary.name), model, [])
+# clean, copied = Path(temporary.name, "trusted"), Path(temporary.name, "copied")
+# shutil.copytree(clean, copied)
+# show_steps(collect(verify_act(str(copied), str(clean), [])), "verdict")
+# %% tags=["active-ipynb"]
+# with (copied / "model.safetensors").open("r+b") as file:
+#     file.seek(-4, os.SEEK_END)
+#     file.write(b"\0\0\0\0")
+# words = json.loads((copied / "vocab.json").read_bytes())
+# words["Ġclick"], words["Ġrequests"] = words["Ġrequests"], words["Ġclick"]
+# (copied / "vocab.json").write_text(json.dumps(words))
+# (copied / "notes.txt").write_bytes(pickle.dumps(Path("harmless")))
+# checked = collect(verify_act(str(copied), str(clean), []))
+# show_steps(checked, "RUNS CODE", "DIFFERS", "verdict")
+# temporary.cleanup()
 # %% [markdown] tags=["active-py"]
 # ## Command line
 # %% tags=["active-py"]
