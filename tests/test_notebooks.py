@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from gpt2_script import GPT2, GPT2Config, file_hash
 
 SCRIPT = mirror.SCRIPT.read_text(encoding="utf-8")
-LATER = pytest.mark.skip(reason="gpt2_script.ipynb is made anew later; then drop this")
 NOTEBOOKS = [  # the name, how many bytes at most, what it shows besides text
     ("gpt2_notebook.ipynb", 1.6e6, {"image/png"}),
-    pytest.param("gpt2_script.ipynb", 4e5, set(), marks=LATER),
+    ("gpt2_script.ipynb", 4e5, set()),
 ]
 NUMBER = re.compile(r"([-+]?\d[\d,]*\.?\d*%?)")
 HASH = re.compile(r"\b(?=[a-f]*\d)[0-9a-f]{9,}\b")
@@ -73,7 +72,6 @@ def differences(old, new):
     ]
 
 
-@LATER
 def test_script_notebook_is_the_script_cell_by_cell():
     """But for the cells that make sense in the script alone."""
     made, committed = (
@@ -216,9 +214,7 @@ def switched(switch, path):
     return refuses, nbformat.v4.new_code_cell(takes)
 
 
-@pytest.mark.parametrize(
-    "name", [NOTEBOOKS[0][0], pytest.param("gpt2_script.ipynb", marks=LATER)]
-)
+@pytest.mark.parametrize("name", [name for name, *_ in NOTEBOOKS])
 def test_it_runs_from_top_to_bottom_in_an_empty_folder(name, tmp_path):
     """And prints what is committed; on its way, the reading takes a release."""
     notebook, folder = read(name), tmp_path / "empty"
