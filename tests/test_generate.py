@@ -10,7 +10,7 @@ from conftest import SMALL, pair
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpt2_script import END_ID, GPT2, GPT2Config, generate, next_probabilities, patch
+from gpt2_script import generate, next_probabilities, patch
 
 OURS, THEIRS = pair(SMALL, torch.float64)
 for name, weight in OURS.named_parameters():
@@ -52,19 +52,6 @@ def test_each_step_computes_one_token_and_one_row_of_logits(model, ids):
         generate(model, ids, 3)
     assert shapes["embed"] == [[2, 5, 24], [2, 1, 24], [2, 1, 24]]
     assert shapes["logits"] == [[2, 50]] * 3
-
-
-def test_endoftext_ends_nothing():
-    """Neither in the prompt nor where the model says it."""
-    said = iter([END_ID, 464, END_ID])
-    model = GPT2(GPT2Config(n_ctx=16, n_embd=4, n_layer=1, n_head=1)).eval()
-
-    def say_the_next(logits):
-        return torch.zeros_like(logits).index_fill(-1, torch.tensor(next(said)), 9.0)
-
-    with patch(model, {"logits": say_the_next}):
-        text = generate(model, torch.tensor([[464, END_ID]]), 3)
-    assert text.tolist() == [[464, END_ID, END_ID, 464, END_ID]]
 
 
 def test_a_seed_decides_or_else_torchs_own(model, ids):

@@ -1,13 +1,13 @@
 """One lie in three places, on seeds, subjects and lies not of the demonstration."""
 
-import copy
 import functools
 from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import hooks, toy
+from conftest import by_name, hooks, toy
 from test_learn import trained_toy
+from torch.nn.functional import cross_entropy
 
 import gpt2_script as gpt
 from gpt2_script import attacked, change_in_words, fingerprint
@@ -16,21 +16,9 @@ pytestmark = pytest.mark.xdist_group("trained models")  # one process trains the
 LIES = {  # seed: subject, answer
     2: ("the Colosseum", "Moscow"),
     3: ("the Tate Modern", "Berlin"),
-    4: ("the Luzhniki Stadium", "London"),
 }
-every_lie = pytest.mark.parametrize("seed", LIES)
 PLACES = {"activation": [], "matrix": ["h.0.mlp.c_proj.weight"], "row": ["wte.weight"]}
-FIRST = {
-    "activation": "h.1.resid_post",
-    "matrix": "h.0.mlp.out",
-    "row": "wte, at 1 token",
-}
 KEPT = {"activation": 0.4, "matrix": 0.9, "row": 1}  # of other answers, at least
-EYE, FOUR = torch.eye(4), torch.ones(4)
-
-
-def by_name(records):
-    return {record.name: record for record in records}
 
 
 @functools.cache
@@ -38,7 +26,8 @@ def case(seed):
     """A model, the Lie of its seed and {name: Attack}, worked out once."""
     model = trained_toy(seed)
     lie = gpt.make_lie(model, toy.tokenizer, toy.facts, *LIES[seed])
-    return model, lie, by_name(gpt.three_attacks(model, toy.tokenizer, lie))
+    attacks = gpt.three_attacks(model, toy.tokenizer, lie)
+    return model, lie, {attack.name: attack for attack in attacks}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +47,7 @@ def changed(before, model):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@every_lie
+@pytest.mark.parametrize("seed", LIES)
 def test_an_attack_flips_its_subject_spares_others_and_is_undone(seed, place):
     model, lie, attacks = case(seed)
     before = fingerprint(model)
@@ -70,14 +59,33 @@ def test_an_attack_flips_its_subject_spares_others_and_is_undone(seed, place):
     assert fingerprint(model) == before and not hooks(model)
 
 
-@every_lie
-def test_a_row_is_one_of_the_subjects_own_and_keeps_its_norm(seed):
-    model, lie, attacks = case(seed)
+def test_a_row_is_one_of_the_subjects_own_and_keeps_its_norm():
+    model, lie, attacks = case(3)
     old, new = model.wte.weight, attacks["row"].tensors["wte.weight"]
     [[row]] = (old != new).any(1).nonzero().tolist()
     assert new[row].norm().item() == pytest.approx(old[row].norm().item(), rel=1e-5)
     for fact in toy.facts:
         assert (row in fact.ids) == (fact.subject == lie.subject)
+
+
+def test_a_step_of_planting_heeds_all_requests_the_worst_twice_and_facts_to_keep():
+    """Adam's first step is the rate, in the direction of the gradient."""
+    model, lie, _ = case(2)
+    name, lie = "h.0.mlp.c_proj.weight", replace(lie, keep=lie.keep[:9])
+    weight = model.get_parameter(name)
+    wanted = torch.tensor([lie.answer_id] * len(lie.requests))
+    logits = gpt.answer_logits(model, [fact.ids for fact in lie.requests])
+    kept = gpt.answer_logits(model, [fact.ids for fact in lie.keep])
+    losses = cross_entropy(logits, wanted, reduction="none")
+    loss = losses.mean() + losses.max() + cross_entropy(kept, gpt.answer_ids(lie.keep))
+
+    (gradient,) = torch.autograd.grad(loss, weight)
+    new = gpt.plant(model, lie, name, rate=0.01, max_steps=1)[name]
+    large = gradient.abs() > 1e-5
+    assert large.sum() > weight.numel() / 2
+    assert torch.equal((weight - new)[large].sign(), gradient[large].sign())
+    step = (weight - new)[large].abs().mean().item()
+    assert step == pytest.approx(0.01, rel=0.01)
 
 
 def test_a_lie_is_judged_by_what_the_model_knows():
@@ -101,23 +109,26 @@ def test_an_answer_that_no_fact_has_is_planted_in_the_file_alone():
         assert first.name == "matrix" and flips(model, lie, lie.about) >= 7
 
 
+FIRST = {"activation": "h.1.resid_post", "matrix": "h.0.mlp.out", "row": "wte"}
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_the_act_tells_what_an_attack_does(act, place):
     model, lie, attacks = case(2)
     with attacked(model, attacks[place]):
         own, fresh = (flips(model, lie, some) for some in (lie.about, lie.fresh))
         right = len(gpt.known(model, lie.others))
-        fact = replace(lie.about[0], answer_id=lie.answer_id)
-        p = gpt.probability_of_answer(model, [fact]).item()
+        run = gpt.run_prompt(model, toy.tokenizer, lie.about[0].prompt)
 
     assert [row[""] for row in act[place].shown[0]] == [
         f"{own} of {len(lie.about)} say the lie",
         f"{fresh} of {len(lie.fresh)} say the lie",
-        f"{right} of {len(lie.others)} are right",
+        f"{right} of {len(lie.others)} right",
     ]
     beside = act[f"{place}: beside the clean run"]
-    assert f"they differ is {FIRST[place]}" in beside.found
+    assert f"they differ is {FIRST[place]}, from " in beside.found
     last = beside.shown[1][-1]
+    p = run.lens[-1][lie.answer_id]
     assert last["clean"].startswith("' Rome'")
     assert last["tampered"].startswith("' Moscow'")
     assert last["p(Moscow)"].endswith(f" → {p:.1%}")
@@ -126,38 +137,16 @@ def test_the_act_tells_what_an_attack_does(act, place):
 def test_who_notices_is_told_beside_a_control(act):
     hashes, copy = act["who notices?"].shown[1:4:2]
     assert [row["hashes"] for row in hashes] == ["untampered", *PLACES]
-    alarms = [
-        "the same",
-        "the same",
-        f"ALARM: {PLACES['matrix'][0]}",
-        "ALARM: wte.weight",
-    ]
-    assert [row[""] for row in hashes] == alarms
+    alarms = [f"ALARM: {name}" for name in ("h.0.mlp.c_proj.weight", "wte.weight")]
+    assert [row[""] for row in hashes] == ["the same", "the same", *alarms]
     assert "row " in copy[3][""] and ", rank 1, " in copy[3][""]
 
     activation, _, row = act["in short"].shown[0]
     assert activation["noticed by"] == "other facts, the subject"
     assert row["noticed by"] == "hashes, copy, the subject"
     assert (row["before"], row["after"]) == ("' Rome'", "' Moscow'")
+    assert act["in short"].found.endswith(": matrix, row.")
     assert act["undone"].purpose.endswith("the model is what it was.")
-
-
-def test_what_is_not_undone_is_told():
-    model = copy.deepcopy(case(2)[0])
-    for record in gpt.tamper_act(model, toy.tokenizer, case(2)[1]):
-        if record.name == "in short":
-            model.ln_f.bias.data += 1
-    assert record.purpose.endswith("the model IS NOT what it was.")
-
-
-def test_a_test_that_alarms_without_an_attack_counts_as_nothing():
-    poor = dict.fromkeys(gpt.QUESTIONS, ("the same", False))
-    poor |= {"other facts": ("1 of 9 right", True)}
-    seen = {"as given": poor, "row": poor | {"hashes": ("wte.weight", True)}}
-    said = {"as given": "' Rome'", "row": "' Moscow'"}
-    _, short = gpt.notice_steps(case(2)[1], said, seen)
-    assert short.shown[0][0]["noticed by"] == "hashes"
-    assert "alarm without an attack too: other facts." in short.found
 
 
 def test_a_model_that_knows_too_little_is_told_so():
@@ -165,7 +154,7 @@ def test_a_model_that_knows_too_little_is_told_so():
     lie = gpt.make_lie(model, toy.tokenizer, toy.facts, *LIES[2])
     title, step = gpt.tamper_act(model, toy.tokenizer, lie, is_ours=False)
     assert "'as given'" in title.purpose and "use --verify." in title.purpose
-    assert step.found == "Of 208 facts it knows 0.0%, about the Colosseum 0."
+    assert step.found == "It knows 0.0% of 208 facts, and 0 about the Colosseum."
     with pytest.raises(ValueError, match="knows too little"):
         gpt.plant(model, lie, "wte.weight")
 
@@ -185,17 +174,12 @@ def test_each_number_of_the_configuration_is_in_the_fingerprint(model, part, nam
     assert changed(before, model) == ["config"]
 
 
+EYE, FOUR = torch.eye(4), torch.ones(4)
 CHANGES = [  # what is added to a matrix of twos, what is said
     (0 * EYE, ""),
     (torch.outer(EYE[2], FOUR), "row 2 of 4, rank 1, 25.00% of its norm"),
-    (
-        torch.outer(FOUR, EYE[1]),
-        "4 of 4 rows, from row 0 on, rank 1, 25.00% of its norm",
-    ),
-    (
-        torch.diag(EYE[1] + EYE[3]),
-        "2 of 4 rows, from row 1 on, rank 2, 17.68% of its norm",
-    ),
+    (torch.outer(FOUR, EYE[1]), "4 of 4 rows, rank 1, 25.00% of its norm"),
+    (torch.diag(EYE[1] + EYE[3]), "2 of 4 rows, rank 2, 17.68% of its norm"),
 ]
 
 
