@@ -44,6 +44,8 @@ if __name__ == "__main__":
         what = f"gpt2_script.py: not installed: {missing}"
         print(f"{what}; is the virtual environment active?", file=sys.stderr)
         sys.exit(2)
+    if sys.stderr and sys.stderr.isatty():
+        print("loading torch ...", end="\r", file=sys.stderr)  # then overwritten
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep, not spin
 
 # %%
@@ -2253,7 +2255,8 @@ def run_acts(options):
     if "tamper" in acts:
         make_lie(model, tokenizer, facts, *lie)  # refused here, if at all
 
-    rows = [{"act": name, "nano, on two idle cores": ACTS[name]} for name in acts]
+    title = "time with nano on two idle cores, and what it shows"
+    rows = [{"act": name, title: ACTS[name]} for name in acts]
     how = f"To see one part: --acts {acts[-1]}. Step by step: --step. More: --help."
     purpose = "Inside a language model, step by step. All numbers are of this run."
     yield Act("GPT-2, opened", purpose, shown=[rows, how])
