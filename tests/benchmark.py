@@ -32,9 +32,11 @@ TRAIN = """import torch, gpt2_script as gpt
 torch.manual_seed(0)
 model = gpt.GPT2(gpt.PRESETS["nano"]).eval()
 list(gpt.train(model, gpt.small_world(gpt.load_tokenizer())))"""
-LOAD = """import sys, torch, gpt2_script, transformers
-sys.argv.{}(sys.argv[1])(torch.ones(1, 1).long())"""
-VERIFY = "import sys, gpt2_script as g; g.main(['--verify', {0}, '--against', {1}])"
+FIRST_TOKEN = """import sys, torch, gpt2_script, transformers
+{}(sys.argv[1])(torch.ones(1, 1).long())"""
+LOADERS = "gpt2_script.load_model", "transformers.GPT2LMHeadModel.from_pretrained"
+VERIFY = """import sys, gpt2_script
+gpt2_script.main(["--verify", sys.argv[1], "--against", sys.argv[2]])"""
 MEMORY = """
 peak = [x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM")]
 print(int(peak[0]) / 1000, file=sys.stderr)  # MB; the last line there"""
@@ -102,19 +104,18 @@ def measure_files(rounds, folder, peer):
     one, copy = folder / "one", folder / "copy"
     peer.save_pretrained(one)
     peer.save_pretrained(copy)
-    ids, calls = torch.ones(1, 1).long(), {}
-    for name, load in (
-        ("ours", gpt.load_model),
-        ("its", GPT2LMHeadModel.from_pretrained),
-    ):
-        calls[name] = lambda load=load: load(one)(ids)
+    ids = torch.ones(1, 1).long()
+    calls = {"ours": lambda: gpt.load_model(one)(ids)}
+    calls["its"] = lambda: GPT2LMHeadModel.from_pretrained(one)(ids)
     cost = medians(rounds, time.process_time, calls)
     yield "loading, first token", cost["ours"], "transformers", cost["its"], 1.2
 
     verify = partial(start, SCRIPT, "--verify", one, "--against", copy, **ONE_THREAD)
     yield "--verify against a copy", once(children, verify), "promised", 6, 1.0
-    programs = [program + MEMORY for program in (OURS, THEIRS, VERIFY)]
-    peaks = [float(start("-c", x, one, copy).split()[-1]) for x in programs]
+    programs, peaks = [FIRST_TOKEN.format(loader) for loader in LOADERS], []
+    for program in (*programs, VERIFY):
+        said = start("-c", program + MEMORY, one, copy)
+        peaks.append(float(said.split()[-1]))
     yield "loading, MB", peaks[0], "transformers", peaks[1], 1.15
     yield "--verify, MB", peaks[2], "promised", 300, 1.0
 
@@ -126,28 +127,20 @@ def measure_model(rounds, model, peers):
         with gpt.watch(model):
             model(ids)
 
-    lengths = {8: (3, 1.05), 128: (1, 1.15), 1024: (0.2, None)}
-    for length, (share, limit) in lengths.items():
+    for length, share, limit in ((8, 3, 1.05), (128, 1, 1.15), (1024, 0.2, None)):
         ids, calls = torch.randint(50257, (1, length)), {"ours": model, **peers}
         if limit:
             calls["watched"] = watched
         calls = {name: partial(call, ids) for name, call in calls.items()}
         cost = medians(share * rounds, time.process_time, calls)
 
-        promises = [
-            ("ours", min(peers, key=cost.get), 1.05),
-            ("watched", "ours", limit),
-        ]
+        best = min(peers, key=cost.get)
+        promises = [("ours", best, 1.05), ("watched", "ours", limit)]
         if length == 1024:
             promises = [("ours", "sdpa", 1.3), ("ours", "eager", 1.0)]
-        for what, against, limit in promises:
-            yield (
-                f"forward, {length}, {what}",
-                cost[what],
-                against,
-                cost[against],
-                limit,
-            )
+        for what, against, most in promises:
+            name = f"forward, {length}, {what}"
+            yield name, cost[what], against, cost[against], most
 
     ids = torch.randint(50257, (1, 32))
     settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
@@ -165,10 +158,12 @@ def measure(rounds, quick):
         config = transformers.GPT2Config(attn_implementation=kind)
         peers[kind] = GPT2LMHeadModel(config).eval()
         peers[kind].transformer.load_state_dict(model.state_dict())
+
     with tempfile.TemporaryDirectory() as folder:
         yield from measure_watching(rounds / 3, Path(folder))
         yield from measure_files(rounds / 4, Path(folder), peers["sdpa"])
-    yield from () if quick else measure_whole_runs()
+    if not quick:
+        yield from measure_whole_runs()
     yield from measure_model(rounds, model, peers)
 
 
@@ -182,6 +177,7 @@ def main():
         row |= {"ratio": ours / theirs, "at most": limit}
         rows.append(row | {"holds": "yes" if ours <= limit * theirs else "NO"})
         print(f"{what}: {ours / theirs:.2f}", file=sys.stderr, flush=True)
+
     gpt.console.width = 110
     found = f"torch {torch.__version__}, transformers {transformers.__version__}"
     gpt.show(gpt.Step("speed", "Seconds, or MB where it says so.", "", [rows], found))
