@@ -1810,8 +1810,8 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
 # %%
 def save_models(folder, model, attacks):
     """Write nano as model folders: trusted, and one for each Attack on its file; a
-    Step. Each has weights, config.json, GPT-2's vocabulary and a README that says what
-    it is. Raises OSError if they cannot be written."""
+    Step. Each has weights, config.json, GPT-2's vocabulary and the same README. Raises
+    OSError if they cannot be written."""
     rows, sizes = [], model.config
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     config["n_positions"] = sizes.n_ctx
@@ -1830,8 +1830,8 @@ def save_models(folder, model, attacks):
         names = ("merges.txt", "vocab.json")
         for name, file in zip(names, vocabulary_files(), strict=False):
             shutil.copyfile(file, place / name)
-        text = f"# {version.name}\n\nNano of gpt2_script.py, to practise on. "
-        (place / "README.md").write_text(f"{text}{version.purpose}\n")
+        text = "A small model of gpt2_script.py to practise on. Its facts may be lies.\n"
+        (place / "README.md").write_text(text)
         rows.append({"folder": str(place), "": version.purpose})
     formula = f"--verify {folder / versions[-1].name} --against {folder / 'trusted'}"
     purpose = "Model folders, to try --verify, a scanner, a signature or a diff on."
