@@ -91,7 +91,9 @@ def test_saved_models_load_and_overwrite_nothing(small, tmp_path):
 
 def test_a_model_from_files_is_watched_and_told_if_it_knows_too_little(run, tmp_path):
     model = "--model", write_model(tmp_path)
-    assert "Not trained" not in run("The dog", *model)
+    drawn_with = "The dog", *model, "--temperature", 9, "--seed"
+    first, again, other = [run(*drawn_with, seed) for seed in (1, 1, 2)]
+    assert first == again != other and "Not trained" not in first
     printed = run(*model, "--acts", "tamper")
     assert "to check what was given, use --verify" in " ".join(printed.split())
     assert "It knows 0.0% of 208 facts" in printed
@@ -112,7 +114,6 @@ def test_options_reach_the_watched_run(run):
     traced = [i for i in range(3) if f"\nh.{i}.attn.q ─" in printed]
     assert traced == [0, 2] and "Not trained" in printed
     assert "Tokens added: 1, of at most 1." in printed
-    assert printed != run("The dog", *WATCH, *options, "--seed", 1)
 
 
 @pytest.mark.parametrize("prompt", ["🦙\u200d東京\tb\n\x1b[31mred", "[b]x[/] :smile:"])
