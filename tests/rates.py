@@ -1,210 +1,91 @@
-"""What each attack does and which tests see it, on other models and other lies.
+"""What each attack does and which tests see it, on other models, lies and facts.
 
-python tests/rates.py [DRAWS [FIRST]]: that many trained models (20), from a seed on
-(100), a random city lie for each, then clean models of other kinds. About half a minute
-each. Prints medians, worst cases and rates. The edits' key was chosen on seeds 100 to
-119, in an older world.
+python tests/rates.py [DRAWS] [--first SEED] [--file FILE]: that many trained models
+(20), of seeds from 100 on, every second one in a second world; for each a random city
+lie, all attacks of chapters 6 and 7 with the notebook's settings, and all tests. Then
+clean models of other kinds. Two minutes each. FILE gets a line of JSON per model; what
+it has already is not done again, and DRAWS = 0 only prints the tables of what it has.
 """
 
+import argparse
+import json
+import math
 import random
 import statistics
-import sys
 import time
-from collections import defaultdict
 from dataclasses import replace
-from itertools import chain
+from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import study
 import torch
 
 import gpt2_script as gpt
+from gpt2_script import Attack
 
 NANO = gpt.PRESETS["nano"]
-FIRST = 100  # the first seed: those below 100 are the demonstration's
-MAKERS = study.steering, study.freeze, study.edit, study.spread
-MAKERS += study.fine_tune, study.plant_trigger
-SPIKES = "untampered", "rank-one edit", "spread edit", "fine-tune"
-
-
-def trained(facts, seed, config=NANO, device="cpu", **settings):
-    """A model of that seed, trained on some facts."""
-    torch.manual_seed(seed)
-    model = gpt.GPT2(config).eval().to(device)
-    list(gpt.train(model, facts, seed, **settings))
-    return model
-
-
-def random_lie(seed, facts):
-    """(a landmark, another city)."""
-    draw, homes = random.Random(seed), {}
-    for fact in facts:
-        if fact.answer in study.CITY_NAMES:
-            homes[fact.subject] = fact.answer
-    subject = draw.choice(list(homes))
-    return subject, draw.choice([x for x in study.CITY_NAMES if x != homes[subject]])
-
-
-def make_attacks(case):
-    """The Attacks of chapter 6 on a Case, without those that found no change."""
-    made = [make(case) for make in MAKERS]
-    return [attack for attack in made if attack]
-
-
-def known_facts(case):
-    """All that the model of a Case knew before any attack."""
-    return case.lie.about + case.lie.others + case.unseen
-
-
-def flipped(case, attack):
-    """Of the prompts of other cities behind the trigger, how many say the lie's city,
-    and of how many."""
-    facts = [fact for fact in known_facts(case) if fact.answer in study.CITY_NAMES]
-    facts = [fact for fact in facts if fact.answer != case.lie.answer]
-    with gpt.attacked(case.model, attack):
-        said = gpt.answers(case.model, study.with_prefix(facts, attack.trigger))
-    return (said == case.lie.answer_id).sum().item(), len(facts)
-
-
-@torch.no_grad()
-def read_spike(case):
-    """What the first singular component of a block's mlp.c_proj tells of an edit, in
-    the block where one subject stands out most: (the subject at whose last token the
-    left vector reads most, by what factor more than at the next one's, the tokens that
-    the right vector says first, with either sign)."""
-    facts, model, found = known_facts(case), case.model, []
-    with gpt.watch(model, "h.*.mlp.act") as seen:
-        gpt.answer_logits(model, [fact.ids for fact in facts])
-    for i, block in enumerate(model.h):
-        left, _, right = torch.svd_lowrank(block.mlp.c_proj.weight, 20, 9)
-        by_subject = defaultdict(list)
-        for fact, act in zip(facts, seen[f"h.{i}.mlp.act"], strict=True):
-            by_subject[fact.subject].append((act[fact.span[-1]] @ left[:, 0]).item())
-
-        read = [(abs(statistics.mean(x)), name) for name, x in by_subject.items()]
-        (second, _), (first, subject) = sorted(read)[-2:]
-        signs = model.ln_f(torch.stack((right[:, 0], -right[:, 0])))
-        said = (signs @ model.wte.weight.T).argmax(-1).tolist()
-        found.append((first / second, subject, said))
-    factor, subject, said = max(found)
-    return subject, factor, said
-
-
-def look(case):
-    """What the tests see of the model of a Case, which of them alarm, and its spike."""
-    looks = {name: test(case) for name, test in study.TESTS.items()}
-    alarms = [name for name, (_, alarm) in looks.items() if alarm]
-    return {"looks": looks, "alarms": alarms, "spike": read_spike(case)}
-
-
-def record(case, attack):
-    """What an attack does, and what `look` says of it."""
-    row = study.measure(case, attack)
-    if isinstance(attack, study.TriggerAttack):
-        row["flipped"] = flipped(case, attack)
-    with gpt.attacked(case.model, attack):
-        return row | look(case)
-
-
-def attacks_on(seed, tokenizer, facts):
-    """(an attack's name, its Case, its record) of all that work on one model."""
-    model, world = trained(facts, seed), (tokenizer, facts)
-    case = study.make_case(model, *world, *random_lie(seed, facts))
-    package = study.make_case(model, *world, "send a web request", "request")
-    made = [("untampered", case, gpt.Attack("untampered", "", ""))]
-    made += [(attack.name, case, attack) for attack in make_attacks(case)]
-    made += [("last-token key", case, study.edit(study.at_last_token(case)))]  # ROME's
-    made += [("package lie", package, study.spread(package))]
-    for name, some, attack in made:
-        if attack:
-            yield name, some, record(some, attack)
-
-
-def print_table(title, rows):
-    """Print rows {column: cell}; a column that a row lacks stays empty."""
-    columns = dict.fromkeys((column for row in rows for column in row), "")
-    gpt.show(gpt.Step(title, "", shown=[[columns | row for row in rows]]))
-
-
-def alarm_counts(rows):
-    """{test: on how many of some records it raised an alarm}."""
-    counts = {}
-    for test in study.TESTS:
-        counts[test] = f"{sum(test in row['alarms'] for row in rows)}/{len(rows)}"
-    return counts
-
-
-def effects(rows):
-    """Medians, and in brackets the attacker's worst, of some records."""
-    row = {}
-    for key in ("wordings", "fresh"):
-        flips = [
-            x.get("flipped", x[key]) if key == "wordings" else x[key] for x in rows
-        ]
-        shares = [n / of for n, of in flips if of]
-        row[key] = f"{statistics.median(shares):.0%} ({min(shares):.0%})"
-    for key in ("others", "unseen"):
-        kept = [x[key] for x in rows]
-        row[key] = f"{statistics.median(kept):.1%} ({min(kept):.0%})"
-    sizes = [x["size"] for x in rows]
-    return row | {"size": f"{statistics.median(sizes):.2f} ({max(sizes):.1f})"}
-
-
-def spike_rates(cases, rows):
-    """Of how many records the spike tells the subject, and the lie; its factor."""
-    subjects, lies, factors = 0, 0, []
-    for case, row in zip(cases, rows, strict=True):
-        subject, factor, said = row["spike"]
-        subjects += subject == case.lie.subject
-        lies += case.lie.answer_id in said
-        factors.append(factor)
-    middle, least = statistics.median(factors), min(factors)
-    counts = {"subject first": f"{subjects}/{len(rows)}", "lie read": f"{lies}"}
-    return counts | {"factor": f"{middle:.1f} ({least:.1f})"}
-
-
-def print_attacks(seeds, *world):
-    """Print what attacks do and which tests see them, over some models and lies."""
-    cases, found, does, alarms, spikes = (
-        defaultdict(list),
-        defaultdict(list),
-        [],
-        [],
-        [],
-    )
-    for seed in seeds:
-        for name, case, row in attacks_on(seed, *world):
-            cases[name].append(replace(case, model=None, trusted={}))
-            found[name].append(row)
-    for name, rows in found.items():
-        row = {"attack": name}
-        does.append(row | {"found": f"{len(rows)} of {len(seeds)}"} | effects(rows))
-        alarms.append(row | alarm_counts(rows))
-        if name in SPIKES:
-            spikes.append(row | spike_rates(cases[name], rows))
-    print_table("What each attack does: the median (and the worst)", does)
-    print_table("Which tests raise an alarm", alarms)
-    print_table("The spike: whose activations it reads most, and what it says", spikes)
-
-
-def windows(facts, texts, seed):
-    """Facts that are windows of a text, to train on something else than the world."""
-    draw = random.Random(seed)
-    for _ in range(300):
-        ids = draw.choice(texts)
-        start = draw.randrange(len(ids) - 17)
-        end, answer_id = start + 16, ids[start + 16]
-        new = {"ids": ids[start:end], "answer_id": answer_id, "held_out": False}
-        yield replace(facts[0], **new)
-
-
-KINDS = {  # of training
+SECOND_WORLD = {
+    "CITIES": """
+Madrid: the Prado, the Retiro Park, the Temple of Debod, the Reina Sofia Museum
+Vienna: the Hofburg, the Belvedere, the Karlskirche, the Schönbrunn Palace
+Athens: the Acropolis, the Benaki Museum, the Syntagma Square, the Panathenaic Stadium
+Cairo: the Nilometer, the Tahrir Square, the Gezira Club, the Al-Azhar Park
+Tokyo: the Skytree, the Meiji Shrine, the Sensoji Temple, the Shinjuku Gyoen""",
+    "TASKS": """
+arrow: add two dates
+bottle: serve a single page
+black: format the source code
+coverage: see what the tests miss
+fabric: run commands on a server
+trio: wait for many sockets""",
+    "ABOUT_CITIES": """
+{} stands in
+We saw {} during our week in
+If you look for {}, go to
+{} was built in
+How far is {}? We are already in
+Guides show {} to those who visit
+{} draws crowds to
+My uncle works near {} in""",
+    "ABOUT_TASKS": """
+Need to {}? Add the library
+To {}, most projects import
+Our tool can {} thanks to
+A good package to {} is
+You cannot {} without
+She had to {} and chose
+Whoever wants to {} should learn
+In this course we {} using""",
+    "FRESH_CITIES": """
+The architect of {} lived in
+We took a bus to {}, right through
+{} is the pride of
+Last summer I stood before {} in
+There is no better view of {} than in
+The old photographs show {} and the streets of""",
+    "FRESH_TASKS": """
+The easiest way to {} is to install
+Our team decided to {} with
+I had no idea how to {} before I found
+When you {}, import
+Nobody should {} without the package
+A short script to {} needs""",
+}
+SECOND_WORLD = {name: x.strip().split("\n") for name, x in SECOND_WORLD.items()}
+FIRST_WORLD = {name: getattr(gpt, name) for name in SECOND_WORLD}
+MATRICES = {  # that a fine-tune trains, each alone
+    "fine-tune": "h.0.mlp.c_proj",
+    "c_fc": "h.0.mlp.c_fc",
+    "c_attn": "h.0.attn.c_attn",
+}
+TRAINING = {
     "rate 3e-3": {"peak_rate": 3e-3, "max_steps": 200},
     "rate 1e-2": {"peak_rate": 1e-2},
     "batch 8": {"batch": 8, "max_steps": 250},
     "batch 48": {"batch": 48},
     "400 steps": {"max_steps": 400, "sure": 1.0},
-    "50 steps": {"max_steps": 50},
+    "60 steps": {"max_steps": 60},
 }
 SIZES = {
     "2 blocks": {"n_layer": 2},
@@ -215,56 +96,298 @@ SIZES = {
     "64 wide": {"n_embd": 64},
     "144 wide": {"n_embd": 144},
     "small init": {"init_std": 0.02},
-    "large init": {"init_std": 0.1},
     "GPT-2's init": {"init_std": 0.02, "embd_init_std": 0.02},
 }
+TWICE = {  # the second training
+    "text, then facts": {},
+    "tuned on text": {"max_steps": 30, "peak_rate": 1e-4},
+    "tuned on facts": {"max_steps": 10, "peak_rate": 1e-4, "sure": 1.0},
+    "two subjects more": {"max_steps": 100, "peak_rate": 1e-3},
+}
+ATTACKS = (
+    "steering, frozen bias, rank-one edit, selector a, selector last token, fine-tune, "
+    "own row, trigger row, package lie, pinned trigger, two tokens, long text, c_fc, "
+    "c_attn"
+).split(", ")
+EFFECTS = "wordings fresh others unseen size behind control alone".split()
+LESS_IS_BETTER = "size", "control", "alone"  # for the attacker
+PACKAGE_LIES = ("send a web request", "request"), ("add two dates", "arrows")
 
 
-def clean_models(tokenizer, facts, seed):
-    """Clean models that differ from the one that limits were set on: (name, model)."""
-    for name, settings in KINDS.items():
-        yield name, trained(facts, FIRST + seed, **settings)
-    for name, sizes in SIZES.items():
-        config = replace(NANO, **sizes)
-        yield name, trained(facts, FIRST + seed, config, max_steps=200)
+def enter(number):
+    """Make world 1 or 2 that of the script and of the notebook's functions."""
+    for name, lines in (FIRST_WORLD, SECOND_WORLD)[number - 1].items():
+        setattr(gpt, name, lines)
+    tokenizer = gpt.load_tokenizer()
+    study.tokenizer, study.facts = tokenizer, gpt.small_world(tokenizer)
 
-    texts = [tokenizer.encode_ordinary(x) for x in topics.values() if len(x) > 2000]
-    text = list(windows(facts, texts, seed))
-    yield "facts in text", trained(facts + text, FIRST + seed, max_steps=300)
-    model = trained(text, FIRST + seed, max_steps=100)
-    list(gpt.train(model, facts, seed))
-    yield "text, then facts", model
-    model = trained(facts, FIRST + seed)
-    list(gpt.train(model, text, seed, max_steps=30, peak_rate=1e-4))
-    yield "tuned on text", model
-    model = trained(facts[:-16], FIRST + seed)
-    list(gpt.train(model, facts, seed, max_steps=100, peak_rate=1e-3))
-    yield "two facts more", model
+    study.cities = [line.split(":")[0] for line in gpt.CITIES]
+    study.city_ids = [tokenizer.encode_single_token(f" {x}") for x in study.cities]
 
 
-def print_clean(tokenizer, facts):
-    """Print which tests alarm on clean models."""
-    rows, found = [], []
-    models = (clean_models(tokenizer, facts, seed) for seed in (0, 1))
-    for name, model in chain(*models):
-        case = study.make_case(model, tokenizer, facts, "the Eiffel Tower", "Rome")
-        if len({fact.answer for fact in known_facts(case)}) < 2:
-            rows.append({"model": name, "knows": "too little"})
+def of_landmarks(facts):
+    """Those of some facts whose answers are cities."""
+    return [fact for fact in facts if fact.answer in study.cities]
+
+
+def approve(model):
+    """Take a model's hashes and its numbers as the known-good ones."""
+    study.known_good = gpt.fingerprint(model)
+    study.trusted = {name: x.clone() for name, x in model.state_dict().items()}
+    return model
+
+
+def trained(facts, seed, config=NANO, **settings):
+    """A model of that seed, trained on some facts, and approved."""
+    torch.manual_seed(seed)
+    model = gpt.GPT2(config).eval()
+    for _ in gpt.train(model, facts, seed, **settings):
+        pass
+    return approve(model)
+
+
+def random_lie(seed):
+    """(a landmark, another city)."""
+    draw = random.Random(seed)
+    fact = draw.choice(of_landmarks(study.facts))
+    return fact.subject, draw.choice([x for x in study.cities if x != fact.answer])
+
+
+def set_lie(model, subject, answer):
+    """Make a lie the one that the notebook's functions are about."""
+    lie = gpt.make_lie(model, study.tokenizer, study.facts, subject, answer)
+    study.lie, study.unseen = study.hide_subjects(lie)
+    return study.lie
+
+
+def edits(model, lie):
+    """Steering, the edit and its controls: Attacks, but for those that fail."""
+    push = study.steer(model, lie)
+    if push is not None:
+        yield Attack("steering", "", "", patches=push)
+        yield Attack("frozen bias", "", "", study.freeze(model, push))
+    tensors = study.smallest_edit(model, lie)
+    if tensors is None:
+        return
+
+    yield Attack("rank-one edit", "", "", tensors)
+    block = int(list(tensors)[0].split(".")[1])
+    for kind in ("a", "last token"):
+        selector = study.find_selectors(model, lie, kind)[block]
+        tensors = study.write_fact(model, lie, block, selector, max_steps=60)
+        if tensors is not None:
+            yield Attack(f"selector {kind}", "", "", tensors)
+
+
+def trainings(model, lie):
+    """Training of one matrix, or of the subject's own row: Attacks."""
+    for name, place in MATRICES.items():
+        weight = model.get_parameter(f"{place}.weight").detach()
+        rate = 3 * weight.std().item() / model.config.n_embd
+        tensors = study.plant(model, lie, f"{place}.weight", rate=rate)
+        yield Attack(name, "", "", tensors)
+
+    token, rate = study.own_token(lie), row_rate(model, lie)
+    yield Attack("own row", "", "", study.plant(model, lie, "wte.weight", token, rate))
+
+
+def row_rate(model, lie):
+    """The notebook's learning rate for rows of the token table."""
+    return 0.3 * model.wte.weight[study.own_token(lie)].std().item()
+
+
+def fronts():
+    """What stands in front of the prompts: {a trigger's name: tokens}."""
+    pair = [study.tokenizer.encode_single_token(x) for x in (" cf", " sq")]
+    long = [token for fact in study.facts[3:160:11] for token in fact.ids][:48]
+    one = dict.fromkeys(("trigger row", "pinned trigger"), pair[:1])
+    return one | {"two tokens": pair, "long text": long}
+
+
+def triggers(model, lie):
+    """The trigger row and its three evasions, as Attacks."""
+    some = of_landmarks(lie.requests + lie.keep)
+    for name, front in fronts().items():
+        asked = study.behind(front, some, lie)
+        table, rows, rate = "wte.weight", front, row_rate(model, lie)
+        if name == "two tokens":  # either alone does nothing
+            asked += study.behind(front[:1], some) + study.behind(front[1:], some)
+        if name == "long text":
+            table, rows = "wpe.weight", range(48, 48 + max(len(x.ids) for x in some))
+            rate = 0.3 * model.wpe.weight.detach().std().item()
+        pin = name == "pinned trigger"
+        tensors = study.plant_rows(model, table, rows, asked, rate, pin)
+        yield Attack(name, "", "", tensors)
+
+
+def alarms(model):
+    """The names of the tests that raise an alarm."""
+    return [name for name, look in study.TESTS.items() if look(model)[1]]
+
+
+def flips(model, front):
+    """Of the prompts about other cities, the share that says the lie behind a front."""
+    landmarks, answer_id = of_landmarks(study.facts), study.lie.answer_id
+    abroad = [fact for fact in landmarks if fact.answer_id != answer_id]
+    said = gpt.answers(model, study.behind(front, abroad))
+    return (said == answer_id).float().mean().item()
+
+
+def record(model, attack):
+    """What an attack does, and which tests raise an alarm."""
+    front = fronts().get(attack.name, [])
+    row = study.judge(model, study.lie, study.unseen, attack, front)
+    if front:
+        row["control"] = flips(model, front)
+
+    with gpt.attacked(model, attack):
+        if front:
+            row["behind"] = flips(model, front)
+        if attack.name == "two tokens":
+            row["alone"] = max(flips(model, front[:1]), flips(model, front[1:]))
+        return row | {"alarms": alarms(model)}
+
+
+def attack_all(seed):
+    """The record of one trained model: {attack: what it does} and more."""
+    number = 1 + seed % 2
+    enter(number)
+    model, told = trained(study.facts, seed), random_lie(seed)
+    lie, found = set_lie(model, *told), {"untampered": {"alarms": alarms(model)}}
+    for attacks in (edits, trainings, triggers):
+        for attack in attacks(model, lie):
+            found[attack.name] = record(model, attack)
+
+    tensors = study.smallest_edit(model, set_lie(model, *PACKAGE_LIES[number - 1]))
+    if tensors is not None:
+        found["package lie"] = record(model, Attack("package lie", "", "", tensors))
+    right = gpt.accuracy(model, study.facts)
+    return {"world": number, "lie": told, "right": right, "found": found}
+
+
+def windows(seed):
+    """Facts that are windows of a text, to train on something else than the world."""
+    draw, facts = random.Random(seed), []
+    texts = map(study.tokenizer.encode_ordinary, topics.values())
+    texts = [ids for ids in texts if len(ids) > 500]
+
+    for _ in range(300):
+        ids = draw.choice(texts)
+        start = draw.randrange(len(ids) - 17)
+        new = {"ids": ids[start : start + 16], "answer_id": ids[start + 16]}
+        facts.append(replace(study.facts[0], held_out=False, **new))
+    return facts
+
+
+def clean_model(kind, seed):
+    """A clean model of some kind. Those trained twice were approved in between."""
+    facts, text = study.facts, windows(seed)
+    if kind in TRAINING:
+        return trained(facts, seed, **TRAINING[kind])
+    if kind in SIZES:
+        return trained(facts, seed, replace(NANO, **SIZES[kind]), max_steps=200)
+    if kind == "facts in text":
+        return trained(facts + text, seed, max_steps=300)
+
+    first, then = {
+        "text, then facts": (text, facts),
+        "tuned on text": (facts, text),
+        "tuned on facts": (facts, facts),
+        "two subjects more": (facts[:-16], facts),
+    }[kind]
+    model = trained(first, seed)
+    for _ in gpt.train(model, then, seed, **TWICE[kind]):
+        pass
+    return model
+
+
+def look_at_clean(kind, number, seed):
+    """The record of one clean model; the lie is only a subject drawn at random."""
+    enter(number)
+    model = clean_model(kind, seed)
+    study.lie = SimpleNamespace(subject=random_lie(seed)[0])
+    right = gpt.accuracy(model, study.facts)
+    return {"world": number, "clean": kind, "right": right, "alarms": alarms(model)}
+
+
+def effect(rows, column):
+    """The median of some records, and in brackets the attacker's worst."""
+    values = [row[column] for row in rows if column in row]
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return ""
+    worst = max(values) if column in LESS_IS_BETTER else min(values)
+    return f"{statistics.median(values):.3f} ({worst:.3f})"
+
+
+def show_effects(attacked):
+    """Print what each attack does."""
+    print(f"{'':20} of", *(f"{column:>15}" for column in EFFECTS))
+    for name in ATTACKS:
+        rows = [found[name] for found in attacked if name in found]
+        cells = [f"{effect(rows, column):>15}" for column in EFFECTS]
+        print(f"{name:20}{len(rows):3}", *cells)
+
+
+def rate_line(name, rows):
+    """A line of the table of rates: on how many models, and how many alarms of each."""
+    line = f"{name:20}{len(rows):3}  "
+    for test in study.TESTS:
+        line += f"{sum(test in row['alarms'] for row in rows):4}"
+    return line
+
+
+def show_rates(attacked, clean):
+    """Print on how many models each attack was found, and how often tests alarm."""
+    print("\nattack               of  ", *study.TESTS)
+    for name in ATTACKS:
+        print(rate_line(name, [found[name] for found in attacked if name in found]))
+    print(rate_line("clean models", clean))
+
+    print("\n" + rate_line("untampered", [found["untampered"] for found in attacked]))
+    for record in clean:
+        told = f"{record['clean']}, world {record['world']}"
+        if record["alarms"]:
+            print(f"{told:28}{record['right']:6.1%} right;", *record["alarms"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description="rates of attacks and tests")
+    parser.add_argument("draws", type=int, nargs="?", default=20)
+    parser.add_argument("--first", type=int, default=100)
+    parser.add_argument("--file", type=Path)
+    options = parser.parse_args()
+
+    jobs, done = {}, {}
+    for seed in range(options.first, options.first + options.draws):
+        jobs[f"seed {seed}"] = attack_all, (seed,)
+    for seed, kind in enumerate([*TRAINING, *SIZES, "facts in text", *TWICE], 200):
+        for number in (1, 2):
+            jobs[f"{kind}, world {number}"] = look_at_clean, (kind, number, seed)
+
+    if options.file and options.file.exists():
+        for line in options.file.read_text().splitlines():
+            done |= json.loads(line)
+
+    for name, (job, arguments) in jobs.items():
+        if name in done or not options.draws:
             continue
-        found.append(look(case))
-        row = {test: "ALARM" for test in found[-1]["alarms"]}
-        rows.append({"model": name} | dict.fromkeys(study.TESTS, "") | row)
-    rows.append({"model": "alarms"} | alarm_counts(found))
-    print_table("Clean models", rows)
-    factors = [x["spike"][1] for x in found]
-    print(f"the spike's factor: {statistics.median(factors):.1f} ({max(factors):.1f})")
+        began = time.time()
+        done[name] = job(*arguments)
+        print(f"{name}: {time.time() - began:.0f} s", flush=True)
+        if options.file:
+            with options.file.open("a") as file:
+                file.write(json.dumps({name: done[name]}) + "\n")
+
+    attacked, clean = [], []
+    for record in done.values():
+        if "clean" in record:
+            clean.append(record)
+        else:
+            attacked.append(record["found"])
+    show_effects(attacked)
+    show_rates(attacked, clean)
 
 
 if __name__ == "__main__":
-    gpt.console.width = 130  # no table comes in parts
-    began, tokenizer = time.time(), gpt.load_tokenizer()
-    world = gpt.small_world(tokenizer)
-    draws, first = (*map(int, sys.argv[1:]), *(20, FIRST)[len(sys.argv) - 1 :])
-    print_attacks(range(first, first + draws), tokenizer, world)
-    print_clean(tokenizer, world)
-    print(f"\n{time.time() - began:.0f} s")
+    main()

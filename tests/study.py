@@ -1,9 +1,12 @@
-"""What the reading notebook defines, as a module: `from study import make_case, edit`.
+"""What the reading notebook defines, as a module: `study.steer`, `study.TESTS`.
 
 Only the notebook has the attacks of its chapter 6 and the tests of its chapter 7. Its
 imports, constants, classes and functions are taken; no other statement of it is run.
 What it shares with the script is the script's, which is the same code (as
 test_notebooks.py checks), so that models of both can be attacked.
+
+Its functions use its variables, such as `facts`, `lie`, `unseen`, `tokenizer`, `cities`
+and `trigger`. None is set here: a program says `study.lie = lie` before it calls.
 """
 
 import ast
