@@ -77,7 +77,7 @@ BREAKAGES = [  # name, a fragment, what replaces it, test file::a test's first w
      "stream_table(run, value, old)", "watch::a_sum"),
     ("the lens a token early", "stack([seen[name][-1]", "stack([seen[name][-2]",
      "watch::probabilities"),
-    ("padding in the loss", "places < lengths[:, None] - 1", "places < 99",
+    ("padding in the loss", "lengths[:, None] - 1  #", "lengths[:, None]  #",
      "learn::the_loss"),
     ("training without warm-up", "min(warm_up, decay)", "decay", "learn::the_rate"),
     ("a last step of rate 0", "(max_steps + 1 - step)", "(max_steps - step)",

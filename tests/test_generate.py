@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 from conftest import SMALL, pair
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -64,21 +63,6 @@ def test_a_seed_decides_or_else_torchs_own(model, ids):
     assert not torch.equal(second, first)
     torch.manual_seed(5)
     assert torch.equal(draw(), first)
-
-
-@given(
-    scores=st.lists(st.integers(-40, 40), min_size=1, max_size=30, unique=True),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
-    top_k=st.sampled_from([None, 1, 3, 100]),
-    top_p=st.sampled_from([None, 0.05, 0.505, 0.93, 1.0]),
-)
-def test_probabilities_are_those_of_transformers(scores, temperature, top_k, top_p):
-    logits = torch.tensor([scores]).double() / 7
-    theirs = transformers.TemperatureLogitsWarper(temperature)(None, logits)
-    theirs = transformers.TopKLogitsWarper(top_k or 100)(None, theirs)
-    theirs = transformers.TopPLogitsWarper(top_p or 1.0)(None, theirs)
-    ours = next_probabilities(logits, temperature, top_k, top_p)
-    assert torch.allclose(ours, theirs.softmax(-1), rtol=1e-9, atol=1e-12)
 
 
 SHARES = [0.1, 0.4, 0.2, 0.3]
