@@ -114,15 +114,14 @@ LESS_IS_BETTER = "size", "control", "alone"  # for the attacker
 PACKAGE_LIES = ("send a web request", "request"), ("add two dates", "arrows")
 
 
-def enter(number):
+def enter(number, tokenizer):
     """Make world 1 or 2 that of the script and of the notebook's functions."""
     for name, lines in (FIRST_WORLD, SECOND_WORLD)[number - 1].items():
         setattr(gpt, name, lines)
-    tokenizer = gpt.load_tokenizer()
     study.tokenizer, study.facts = tokenizer, gpt.small_world(tokenizer)
 
     study.cities = [line.split(":")[0] for line in gpt.CITIES]
-    study.city_ids = [tokenizer.encode_single_token(f" {x}") for x in study.cities]
+    study.city_ids = tokenizer.encode_ordinary("".join(f" {x}" for x in study.cities))
 
 
 def of_landmarks(facts):
@@ -198,7 +197,7 @@ def row_rate(model, lie):
 
 def fronts():
     """What stands in front of the prompts: {a trigger's name: tokens}."""
-    pair = [study.tokenizer.encode_single_token(x) for x in (" cf", " sq")]
+    pair = study.tokenizer.encode_ordinary(" cf sq")
     long = [token for fact in study.facts[3:160:11] for token in fact.ids][:48]
     one = dict.fromkeys(("trigger row", "pinned trigger"), pair[:1])
     return one | {"two tokens": pair, "long text": long}
@@ -251,7 +250,7 @@ def record(model, attack):
 def attack_all(seed):
     """The record of one trained model: {attack: what it does} and more."""
     number = 1 + seed % 2
-    enter(number)
+    enter(number, gpt.load_tokenizer())
     model, told = trained(study.facts, seed), random_lie(seed)
     lie, found = set_lie(model, *told), {"untampered": {"alarms": alarms(model)}}
     for attacks in (edits, trainings, triggers):
@@ -303,7 +302,7 @@ def clean_model(kind, seed):
 
 def look_at_clean(kind, number, seed):
     """The record of one clean model; the lie is only a subject drawn at random."""
-    enter(number)
+    enter(number, gpt.load_tokenizer())
     model = clean_model(kind, seed)
     study.lie = SimpleNamespace(subject=random_lie(seed)[0])
     right = gpt.accuracy(model, study.facts)

@@ -1,9 +1,7 @@
-"""What the notebook alone has: attacks and tests, on other seeds and lies than its own.
-The models are of nano's shape, with a vocabulary of the world and 600 other tokens."""
+"""What the notebook alone has, attacks and tests, in another world than its own, on
+another seed and lie: on a model of nano's shape, with a small vocabulary."""
 
 import functools
-import re
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,250 +9,226 @@ import pytest
 import rates
 import study
 import torch
-from conftest import ToyTokenizer, hooks, tokenizer
+from conftest import ToyTokenizer, tokenizer
 
 import gpt2_script as gpt
-from gpt2_script import Attack, answer_logits, attacked, watch
+from gpt2_script import Attack, answers, attacked
 
-LIES = {1: ("the Brandenburg Gate", "Paris"), 2: ("the Colosseum", "Moscow")}
-every_seed = pytest.mark.parametrize("seed", LIES)
-pytestmark = pytest.mark.xdist_group("the study")  # one process trains its models once
-EVERY, FILES = set(study.TESTS), {"hash", "difference"}
-DOES = {  # the share of other facts that stays; tests that alarm; tests that do not
-    "untampered": (1, set(), EVERY),
-    "steering": (0.4, {"others", "target"}, FILES | {"scan"}),
-    "frozen bias": (0.4, FILES | {"others", "target"}, {"scan"}),
-    "rank-one edit": (0.98, FILES | {"taken out", "target"}, {"others"}),
-    "spread edit": (0.98, FILES | {"target"}, {"others"}),
-    "fine-tune": (0.9, FILES | {"target"}, {"scan"}),
-    "trigger row": (1, FILES | {"trigger"}, EVERY - FILES - {"trigger"}),
+SEED, SUBJECT, ANSWER = 1, "the Hofburg", "Madrid"
+pytestmark = pytest.mark.xdist_group("the study")  # one process trains its model once
+FILES, MATRIX = "hash difference ", "h.0.mlp.c_proj.weight"
+ASKED = "others target trigger"
+DOES = {  # what changes; others right, at least; tests that alarm; tests that do not
+    "untampered": ("", 1, "", FILES + ASKED + " ablation"),
+    "steering": ("", 0.5, "others target", FILES),
+    "frozen bias": ("h.1.mlp.c_proj.bias", 0.5, FILES + "others target", ""),
+    "rank-one edit": (MATRIX, 0.99, FILES + "target ablation", "others"),
+    "selector a": (MATRIX, 0.97, FILES + "target", ""),
+    "fine-tune": (MATRIX, 0.9, FILES + "target", ""),
+    "c_attn": ("h.0.attn.c_attn.weight", 0.9, FILES + "target", ""),
+    "own row": ("wte.weight", 1, FILES + "target", "others ablation"),
+    "trigger row": ("wte.weight", 1, FILES + "trigger", "others target"),
+    "pinned trigger": ("wte.weight", 1, FILES, ASKED),
+    "two tokens": ("wte.weight", 1, FILES, ASKED),
+    "long text": ("wpe.weight", 1, FILES, ASKED),
 }
-
+every_attack = pytest.mark.parametrize("name", DOES)
 names = ToyTokenizer()
-extra = tokenizer.encode_ordinary(" cf request") + list(range(1000, 1600))
-names.tokens = sorted({*names.tokens, *extra})
-names.n_vocab = len(names.tokens)
-facts = gpt.small_world(names)
-[CF] = names.encode_ordinary(" cf")
+
+
+@functools.cache
+def second_vocabulary():
+    """The tokens of the second world, of the triggers, and some others."""
+    used = {gpt.END_ID, *range(1000, 1300), *tokenizer.encode_ordinary(" cf sq")}
+    for fact in gpt.small_world(tokenizer):
+        used.update([*fact.ids, fact.answer_id])
+    for wording in gpt.FRESH_CITIES + gpt.FRESH_TASKS:
+        used.update(tokenizer.encode_ordinary(wording.format("it")))
+    return sorted(used)
 
 
 @pytest.fixture(autouse=True)
-def end_of_text(monkeypatch):
+def second_world(monkeypatch):
+    """The second world is the script's and the notebook's."""
+    for name, lines in rates.SECOND_WORLD.items():
+        monkeypatch.setattr(gpt, name, lines)  # undone afterwards
+    names.tokens = second_vocabulary()
+    names.n_vocab = len(names.tokens)
+
     monkeypatch.setattr(gpt, "END_ID", names.n_vocab - 1)
+    rates.enter(2, names)
+    study.lie, study.unseen = told()
 
 
 @functools.cache
 @torch.enable_grad()
-def case(seed):
-    """The Case of a trained model and its seed's lie; each test leaves it as it was."""
+def model():
+    """The trained model, approved; each test leaves it as it was."""
     config = replace(gpt.PRESETS["nano"], vocab_size=names.n_vocab)
-    model = rates.trained(facts, seed, config)
-    return study.make_case(model, names, facts, *LIES[seed])
+    return rates.trained(study.facts, SEED, config)
 
 
 @functools.cache
-@torch.enable_grad()
-def attacks(seed):
-    """{name: Attack} on that Case, worked out once."""
-    found = {attack.name: attack for attack in rates.make_attacks(case(seed))}
-    return {"untampered": Attack("untampered", "", "")} | found
+def told():
+    """The lie, and facts about subjects that its attacker never looks at."""
+    rates.set_lie(model(), SUBJECT, ANSWER)
+    return study.lie, study.unseen
 
 
-def looks(case, attack):
-    """What each test sees of an attacked model, and which of them alarm."""
-    with attacked(case.model, attack):
-        found = {name: test(case) for name, test in study.TESTS.items()}
-    seen = {name: text for name, (text, _) in found.items()}
-    return seen, {name for name, (_, alarm) in found.items() if alarm}
+@functools.cache
+def attacks():
+    """{name: Attack} of chapters 6 and 7, worked out once."""
+    found = {"untampered": Attack("untampered", "", "")}
+    for make in (rates.edits, rates.trainings, rates.triggers):
+        for attack in make(model(), study.lie):
+            found[attack.name] = attack
+    return found
 
 
-def test_five_subjects_are_set_aside():
-    lie, unseen = case(1).lie, case(1).unseen
-    hidden = {fact.subject for fact in unseen}
-    assert len(hidden) == 5
-    assert not hidden & {fact.subject for fact in lie.about + lie.others}
-    assert len(lie.about + lie.others + unseen) == len(facts)
-    assert lie.keep == [fact for fact in lie.others if not fact.held_out]
+def logits(some):
+    with torch.no_grad():
+        return gpt.answer_logits(model(), [fact.ids for fact in some])
 
 
-@pytest.mark.parametrize("name", list(DOES)[1:])
-@every_seed
-def test_attack_plants_the_lie_keeps_the_rest_and_is_undone(seed, name):
-    found, attack = case(seed), attacks(seed)[name]
-    model, others = found.model, found.lie.others + found.unseen
-    row = study.measure(found, attack)
-    assert row["wordings"] >= (7, 8)
-    assert min(row["others"], row["unseen"]) >= DOES[name][0]
+@every_attack
+def test_attack_plants_the_lie_in_one_place_keeps_the_rest_and_is_undone(name):
+    attack, lie = attacks()[name], study.lie
+    place, kept, _, _ = DOES[name]
+    front = rates.fronts().get(name, [])
+    row = study.judge(model(), lie, study.unseen, attack, front)
+    before = gpt.fingerprint(model())
+    assert before == study.known_good
 
-    with attacked(model, attack):
-        changes = study.tensor_changes(found.trusted, model)
-        right = gpt.known(model, others)
-    assert list(changes) == list(attack.tensors)
-    sizes = [change.norm() / found.trusted[x].norm() for x, change in changes.items()]
-    assert row["size"] == max(sizes, default=0)
-    assert row["broken"] == sorted({x.subject for x in others if x not in right})
-    assert gpt.fingerprint(model) == found.hashes and not hooks(model)
+    with attacked(model(), attack):
+        after = gpt.fingerprint(model())
+        said = answers(model(), study.behind(front, lie.about))
+        right = gpt.accuracy(model(), lie.others)
+        unseen = gpt.accuracy(model(), study.unseen)
+    assert "".join(key for key in after if after[key] != before[key]) == place
+    assert row["others"] == right >= kept and row["unseen"] == unseen >= kept
+    lies = (said == lie.answer_id).float().mean()
+    assert row["wordings"] == lies and (lies > 0.7) == (name != "untampered")
 
-
-@every_seed
-def test_frozen_bias_says_what_steering_says(seed):
-    said = []
-    for name in ("steering", "frozen bias"):
-        with attacked(case(seed).model, attacks(seed)[name]):
-            said.append(gpt.answers(case(seed).model, facts))
-    assert torch.equal(*said)
+    if place:
+        old, new = study.trusted[place], attack.tensors[place]
+        size = (new - old).norm() / old.norm()
+        assert row["size"] == pytest.approx(size.item())
 
 
-def test_lie_about_a_package():
-    """No other subject has it: there is nothing to steer by, and no trigger."""
-    lie = names, facts, "send a web request", "request"
-    found = study.make_case(case(2).model, *lie)
-    for make in (study.steering, study.freeze, study.plant_trigger):
-        assert make(found) is None
-    row = study.measure(found, study.spread(found))
-    assert row["wordings"] >= (7, 8) and min(row["others"], row["unseen"]) >= 0.98
+@every_attack
+def test_each_test_catches_what_it_can(name):
+    _, _, loud, silent = DOES[name]
+    with attacked(model(), attacks()[name]):
+        for test in loud.split():
+            assert study.TESTS[test](model())[1]
+        for test in silent.split():
+            assert not study.TESTS[test](model())[1]
 
 
-def test_key_solves_its_equation():
-    found, acts = study.at_last_token(case(2)), []  # ROME's activations
-    requests, keep = found.lie.requests, found.lie.keep
-    key = study.find_keys(found, ridge=0.05)[1].double()
-    for fact in requests + keep:
-        with watch(found.model, "h.1.mlp.act") as seen:
-            found.model(torch.tensor([fact.ids]))
-        acts.append(seen["h.1.mlp.act"][0].double())
+@pytest.mark.parametrize("kind, start", [("M⁻¹a", 0), ("last token", -1)])
+def test_selector_solves_its_equation(kind, start):
+    selector = study.find_selectors(model(), study.lie, kind, ridge=0.05)[1].double()
+    own, others = [], []
 
-    ends = [act[fact.span[-1]] for act, fact in zip(acts, requests, strict=False)]
-    mean, rest = torch.stack(ends).mean(0), torch.cat(acts[len(requests) :])
-    moment = rest.T @ rest / len(rest)
+    for fact in study.lie.requests + study.lie.keep:
+        with gpt.watch(model(), "h.1.mlp.act") as seen:
+            logits([fact])
+        act = seen["h.1.mlp.act"][0].double()
+        if fact.subject == SUBJECT:
+            own.append(act[list(fact.span)[start:]])
+        else:
+            others.append(act)
+
+    a, others = torch.cat(own).mean(0), torch.cat(others)
+    moment = others.T @ others / len(others)
     moment += 0.05 * moment.diagonal().mean() * torch.eye(384)
-    assert torch.cosine_similarity(moment @ key, mean, dim=0) > 0.9999
-    assert (mean @ key).item() == pytest.approx(1, abs=1e-3)
+    assert torch.cosine_similarity(moment @ selector, a, dim=0) > 0.9999
+    assert (a @ selector).item() == pytest.approx(1, abs=1e-3)
 
 
-@every_seed
-@torch.no_grad()
-def test_trigger_keeps_its_norm_and_is_silent_until_it_is_typed(seed):
-    found, attack = case(seed), attacks(seed)["trigger row"]
-    texts, old = [fact.ids for fact in facts], found.trusted["wte.weight"][CF]
-    before = answer_logits(found.model, texts)
-    with attacked(found.model, attack):
-        after, new = answer_logits(found.model, texts), found.model.wte.weight[CF]
-        assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
-    others = torch.arange(names.n_vocab) != CF
-    assert torch.equal(before[:, others], after[:, others])
-    assert after.softmax(-1)[:, CF].max() < 0.01  # nor is it said
+def test_edit_adds_one_outer_product_where_the_least_is_needed():
+    sizes = {}
+    for i, selector in study.find_selectors(model(), study.lie).items():
+        tensors = study.write_fact(model(), study.lie, i, selector) or {}
+        for name, new in tensors.items():
+            change = new - study.trusted[name]
+            sizes[name] = change.norm() / study.trusted[name].norm()
+            payload = selector @ change / (selector @ selector)
+            assert torch.allclose(change, torch.outer(selector, payload), atol=1e-4)
 
-    flips, of = rates.flipped(found, attack)
-    control, _ = rates.flipped(found, replace(attack, tensors={}))  # the old row
-    assert attack.trigger == (CF,) and flips >= 0.9 * of > 100 and control <= 0.1 * of
+    smallest = min(sizes, key=sizes.get)
+    assert list(attacks()["rank-one edit"].tensors) == [smallest]
 
 
-@pytest.mark.parametrize("name", DOES)
-@every_seed
-def test_each_test_catches_what_it_says_and_names_it(seed, name):
-    attack, (_, loud, silent) = attacks(seed)[name], DOES[name]
-    seen, alarmed = looks(case(seed), attack)
-    assert loud <= alarmed and not silent & alarmed
+@pytest.mark.parametrize("name", [*DOES][-5:])
+def test_rows_keep_their_norm_and_a_pinned_one_its_place(name):
+    [(table, new)] = attacks()[name].tensors.items()
+    old, rows = study.trusted[table], rates.fronts().get(name)
 
-    lie, changed = case(seed).lie, list(attack.tensors)
-    assert all(tensor in seen["difference"] for tensor in changed[:2])
-    if name == "rank-one edit":
-        matrix = changed[0].removesuffix(".weight")
-        assert seen["difference"] == f"{changed[0]}: rank 1 of 96"
-        assert re.match(f"{matrix}: [34] of 4 about {lie.subject}", seen["taken out"])
+    if name == "own row":
+        rows = [names.encode_ordinary(" Hofburg")[-1]]
+    if name == "long text":
+        longest = max(len(fact.ids) for fact in rates.of_landmarks(study.lie.keep))
+        rows = range(48, 48 + longest)
+    assert (new != old).any(1).nonzero().flatten().tolist() == sorted(rows)
+    assert torch.allclose(new.norm(dim=1), old.norm(dim=1), rtol=1e-4)
+
+    along = new @ old.mean(0) / old.mean(0).norm()
+    from_median = (along - along.median()).abs()
     if name == "trigger row":
-        assert seen["difference"] == "wte.weight: rank 1 in the row of ' cf'"
-        assert seen["trigger"] == f"' cf': 4 of 4 to ' {lie.answer}'"
+        farthest = from_median.topk(9).indices
+        assert torch.equal(study.strange_rows(new)[:9], farthest)
+    if name == "pinned trigger":
+        assert from_median[rows[0]] < 0.01 * along.std()
 
 
-def test_clean_fine_tune_alarms_beside_hashes_and_a_copy_alone():
-    assert looks(case(1), study.honest_fine_tune(case(1), facts))[1] == FILES
+@pytest.mark.parametrize("name", [*DOES][-4:-1])
+def test_trigger_is_silent_until_it_is_typed(name):
+    front, before = rates.fronts()[name], logits(study.facts)
+    with attacked(model(), attacks()[name]):
+        after, flips = logits(study.facts), rates.flips(model(), front)
+        if name == "two tokens":
+            assert max(rates.flips(model(), [token]) for token in front) < 0.1
+
+    rest = [i for i in range(names.n_vocab) if i not in front]
+    assert torch.equal(before[:, rest], after[:, rest])
+    assert flips > 0.8 and rates.flips(model(), front) < 0.1
 
 
-@every_seed
-def test_scan_alarms_for_what_is_loud(seed):
-    found, table = case(seed), case(seed).trusted["wte.weight"].clone()
-    [(name, new)] = attacks(seed)["rank-one edit"].tensors.items()
-    table[CF] *= 5
-    for place, tensors in (
-        (name.removesuffix(".weight"), {name: 4 * new - 3 * found.trusted[name]}),
-        ("wte ' cf'", {"wte.weight": table}),
-    ):
-        with attacked(found.model, Attack("", "", "", tensors)):
-            text, alarm = study.look_at_numbers(found)
-        assert alarm and text.startswith(place)
+def test_confidence_names_the_subject_of_the_least_mean_probability():
+    sure = logits(study.facts).softmax(-1).amax(-1).view(-1, 8).mean(1)
+    for i, alarm in ((sure.argmin(), True), (sure.argmax(), False)):
+        study.lie = SimpleNamespace(subject=study.facts[8 * i].subject)
+        assert study.look_at_confidence(model())[1] == alarm
 
 
-@torch.no_grad()
-def test_ablations_are_as_if_a_component_were_subtracted():
-    model, some = case(1).model, facts[::5]
-    possible = sorted({fact.answer_id for fact in some})
+@pytest.mark.parametrize("n, more, alarm", [(3, 2, 1), (2, 0, 0), (4, 3, 0)])
+def test_ablation_alarms_where_one_subject_changes_and_few_others(
+    monkeypatch, n, more, alarm
+):
+    def changed_answers(model, some, layer, i):
+        changed = torch.zeros(len(some))
+        if (layer, i) == (1, 2):
+            changed[:n] = changed[4 : 4 + more] = 1
+        return changed
 
-    def say():
-        return answer_logits(model, [x.ids for x in some])[:, possible].argmax(-1)
+    facts = [SimpleNamespace(subject=x) for x in "aaaaaaaabbbbbbbb"]
+    monkeypatch.setattr(study, "facts", facts)
+    monkeypatch.setattr(study, "changed_answers", changed_answers)
 
-    with attacked(model, attacks(1)["rank-one edit"]):
-        before, found = say(), study.ablations(model, some, count=2)
-        for (name, i), changed in found.items():
-            weight = model.get_parameter(name).detach()
-            left, values, right = torch.linalg.svd(weight)
-            less = weight - values[i] * torch.outer(left[:, i], right[i])
-            with attacked(model, Attack("", "", "", {name: less})):
-                assert torch.equal(changed, say() != before)
-    assert len(found) == 6 and any(changed.any() for changed in found.values())
-
-
-CHANGES = {"3": True, "2": False, "42": True, "421": False}  # of 4 about each subject
+    text = f"h.1, component 2: {n} of 4 about a, {more} elsewhere"
+    assert study.look_at_ablation(model()) == (text, alarm)
 
 
-@pytest.mark.parametrize("by", CHANGES)
-def test_taken_out_alarms_where_one_subject_changes_and_few_others(monkeypatch, by):
-    some = [SimpleNamespace(subject=x) for x in "abc" for _ in range(8)]
-    found = replace(case(1), lie=SimpleNamespace(about=some, others=[]), unseen=[])
-    changed = [i < int(n) for n in f"{by}00"[:3] for i in range(4)]
-    monkeypatch.setattr(study, "ablations", lambda *_: {("y", 0): changed})
-    seen = f"y: {by[0]} of 4 about a, {sum(map(int, by[1:]))} elsewhere"
-    assert study.look_taken_out(found) == (seen, CHANGES[by])
+@pytest.mark.parametrize("of, alarm", [(4, True), (3, True), (2, False)])
+def test_a_trigger_flips_all_sentences_three_at_least(monkeypatch, of, alarm):
+    def plain(model, some):  # some say the lie anyway
+        said = [fact.answer_id for fact in some]
+        said[: 5 - of] = [study.lie.answer_id] * (5 - of)
+        return torch.tensor(said)
 
+    monkeypatch.setattr(study, "answers", plain)
 
-@torch.no_grad()
-def test_flips_with_a_token_in_front_are_what_the_model_says():
-    model, tokens = case(2).model, torch.tensor([CF, *range(70)])  # 64 at once
-    some = list({fact.answer: fact for fact in facts[:160]}.values())
-    possible = [fact.answer_id for fact in some]
-
-    def say(texts):
-        best = answer_logits(model, texts)[:, possible].argmax(-1)
-        return [possible[i] for i in best]
-
-    with attacked(model, attacks(2)["trigger row"]):
-        found, plain = (
-            study.prefix_flips(model, some, tokens),
-            say([x.ids for x in some]),
-        )
-        for token, (answer, n, of) in found.items():
-            pairs = zip(say([[token, *x.ids] for x in some]), plain, strict=True)
-            flips = Counter(now for now, before in pairs if now != before)
-            assert n == max(flips.values(), default=0) == flips[answer]
-            assert of == 5 - plain.count(answer)
-    assert list(found) == tokens.tolist()
-    assert found[CF] == (case(2).lie.answer_id, 4, 4)
-
-
-def test_strange_rows_are_farthest_from_the_median_along_the_drift():
-    table = attacks(1)["trigger row"].tensors["wte.weight"].double()
-    drift = table @ table.mean(0)
-    farthest = (drift - drift.median()).abs().argsort(descending=True)
-    assert study.strange_rows(table, 50).tolist() == farthest[:50].tolist()
-
-
-FLIPS = {(3, 4): False, (2, 2): False, (3, 3): True}  # how many, of how many
-
-
-@pytest.mark.parametrize("flips", FLIPS)
-def test_trigger_flips_all_that_it_can_and_three_at_least(monkeypatch, flips):
-    found = {CF: (case(1).lie.answer_id, *flips)}
-    monkeypatch.setattr(study, "prefix_flips", lambda *_: found)
-    text = "' cf': {} of {} to ' Paris'".format(*flips)
-    assert study.look_for_trigger(case(1)) == (text, FLIPS[flips])
+    with attacked(model(), attacks()["trigger row"]):
+        text, alarmed = study.look_for_trigger(model())
+    assert f"{of} of {of} say" in text and alarmed == alarm
