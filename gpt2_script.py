@@ -759,7 +759,7 @@ def cell_text(cell, percent=False):
     """A table's cell: floats with three decimals, never "-0.000"; or in percent."""
     if percent:
         text = f"{100 * cell:.0f}"
-        return {"nan": "·", "0": ""}.get(text, text)
+        return text.replace("nan", "·")
     return f"{round(cell, 3) + 0.0:.3f}" if isinstance(cell, float) else str(cell)
 
 
@@ -780,16 +780,20 @@ def table(rows):
 
 # %%
 def matrix_text(matrix, full):
-    """A Matrix as lines of text: a corner or, of a map, all rows; with `full`, all."""
+    """A Matrix as lines of text: four rows, the last one, and as many columns as fit;
+    of a map, all rows; with `full`, all."""
     width = 4 if matrix.is_map else 8
-    count = len(matrix.rows) if matrix.is_map or full else 5
+    kept = list(range(len(matrix.rows)))
+    if not (matrix.is_map or full):
+        kept = [*kept[:4], *kept[4:][-1:]]  # the last token decides what comes next
     fits = None if full else max(2, (console.width - 16) // width)
     names = list(matrix.columns or range(matrix.values.size(1)))[:fits]
     labels = [set_cell_size(str(name), width - 1).rstrip() for name in names]
 
-    values, rows = matrix.values[:count, :fits], [(matrix.title, labels)]
-    for name, numbers in zip(matrix.rows[:count], values.tolist(), strict=True):
-        rows.append((name, [cell_text(x, matrix.is_map) for x in numbers]))
+    values, rows = matrix.values[kept, :fits], [(matrix.title, labels)]
+    for i, numbers in zip(kept, values.tolist(), strict=True):
+        cells = [cell_text(x, matrix.is_map) for x in numbers]
+        rows.append((matrix.rows[i], cells))
     lines = []
     for name, cells in rows:
         line = set_cell_size(shorten(name, 15), 16)
@@ -1083,7 +1087,7 @@ def evolution_steps(tokenizer, model, start, moments, token):
     steps = [str(x["step"]) for x in moments]
     moved = torch.tensor([x["moved"] for x in moments]).T  # [matrices, moments]
     shown = [Matrix(moved, list(start), steps, "matrix × step", is_map=True)]
-    purpose = "How far each moved, in percent of its first norm. Small ones move far."
+    purpose = "How far each moved, in percent of its own first norm."
     yield Step("every matrix, moment by moment", purpose, "‖W − W₀‖ / ‖W₀‖", shown)
 
     now, rows = matrices(model), []
@@ -1097,7 +1101,7 @@ def evolution_steps(tokenizer, model, start, moments, token):
             row[when] = f"{values[0] / values[-1]:.0f}"
         rows.append(row)
     purpose = "Per weight: the change's root mean square. σ₁/σₙ: the condition number."
-    found = "How far a matrix moved does not tell where a fact is."
+    found = "How far a matrix moved does not say where a fact is stored."
     yield Step("every matrix, at the end", purpose, "", [rows], found)
 
     numbers, answer = [x["numbers"] for x in moments], piece(tokenizer, token)
@@ -1113,8 +1117,8 @@ def evolution_steps(tokenizer, model, start, moments, token):
             row[f"nearest, step {x['step']}"] = x["similar"][i]
         rows.append(row)
     purpose = f"Which rows moved most, and which are nearest to {answer}, by cosine?"
-    found = f"{distance.count_nonzero():,} of {len(distance):,} moved, the median by "
-    found += f"{distance.median():.2f}: each step pushes wrong tokens away a little."
+    found = f"{distance.count_nonzero():,} of {len(distance):,} rows moved, the median "
+    found += f"by {distance.median():.2f}: each step pushes wrong tokens away a little."
     yield Step("the token table", purpose, shown=[rows], found=found)
 
 
@@ -1130,10 +1134,11 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
         some = [x.subject.removeprefix("the ") for x in facts if x.answer == answer]
         rows.append({"answer": answer, "subjects": ", ".join(dict.fromkeys(some))})
     purpose = f"To learn, for example: {facts[0].prompt!r}, {facts[0].answer!r}."
-    found = f"Sentences: {len(facts)}. Held out, to see if facts are learned and not "
-    found += f"sentences: {len(held_out)}."
+    found = f"Sentences: {len(facts)}. Of these, {len(held_out)} are held out, to see "
+    found += "if facts are learned and not sentences."
     yield Step("the small world", purpose, "", [rows], found)
-    purpose = f"Loss: the model's surprise. At the right: what follows {prompt!r}."
+    purpose = "Loss: the model's surprise. p(answer): the mean over all sentences, and "
+    purpose += f"the bar. Between them: what follows {prompt!r}."
     formula = "loss = mean of −log p(next token); weight ← weight − rate · gradient"
     yield Step("training", purpose, formula)
 
@@ -1146,7 +1151,7 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
         share = probabilities.mean().item()
         said = continued(tokenizer, generate(model, ids, 3)[0, ids.size(1) :].tolist())
         line = f"step {step:3}  loss {loss:6.3f}  p(answer) {share:6.1%}"
-        yield Progress(share, f"{line}  {said!r:20.20}")
+        yield Progress(share, f"{line}  {said!r:17.17}")
 
     found = f"Mean p(answer): {share:.1%}."
     if held_out:
@@ -1612,7 +1617,7 @@ def three_attacks(model, tokenizer, lie):
     own = [fact.ids[i] for i in fact.span if fact.ids[i] not in elsewhere]
     if own:
         row, table = own[-1], model.wte.weight
-        who = f"{writer} one row, that of a token in this name only."
+        who = f"{writer} one row: that of a token which only this name has."
         formula = f"wte[{row}], {piece(tokenizer, row)} ← a new row of the same norm"
         tensors = plant(model, lie, "wte.weight", row, 0.3 * table[row].std().item())
         yield Attack("row", who, formula, tensors)
@@ -1673,10 +1678,10 @@ def change_in_words(pieces):
 
 # %%
 QUESTIONS = {
-    "hashes": "Has each tensor, and the configuration, its known-good hash?",
+    "hashes": "Does each tensor, and the configuration, keep its known-good hash?",
     "copy": "How do the tensors differ from those of a trusted copy?",
-    "other facts": "Are known answers about other subjects right? Alarm: below 99%.",
-    "the subject": "Are known answers about the subject right? Alarm: any is wrong.",
+    "other facts": "Are answers about other subjects still right? Alarm: below 99%.",
+    "the subject": "Are answers about the subject still right? Alarm: any is wrong.",
 }
 
 
@@ -1746,8 +1751,8 @@ def notice_steps(lie, said, seen):
         row = {"place": name, "before": said[control], "after": said[name]}
         rows.append(row | {"noticed by": ", ".join(alarms) or "no test"})
     silent = [name for name in attacks if not seen[name]["other facts"][1]]
-    found = "Without known-good hashes, a copy or questions about the subject, these "
-    found += f"go unnoticed: {', '.join(silent) or 'none'}."
+    found = "Without known-good hashes, a trusted copy or a question about this "
+    found += f"subject, these go unnoticed: {', '.join(silent) or 'none'}."
     purpose = f"What follows {lie.about[0].prompt!r}, before and after; who noticed."
     yield Step("in short", purpose, "", [rows], found)
 
@@ -1789,7 +1794,7 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
 
     yield from notice_steps(lie, said, seen)
     same = "is" if fingerprint(model) == fingerprint(trusted) else "IS NOT"
-    yield Step("undone", f"All was undone, bit for bit: the model {same} what it was.")
+    yield Step("undone", f"The model {same} what it was, bit for bit.")
     return attacks
 
 
@@ -1830,7 +1835,7 @@ def save_models(folder, model, attacks):
         names = ("merges.txt", "vocab.json")
         for name, file in zip(names, vocabulary_files(), strict=False):
             shutil.copyfile(file, place / name)
-        text = "A small model of gpt2_script.py to practise on. Its facts may be lies.\n"
+        text = "A small model of gpt2_script.py to practise on. It may lie.\n"
         (place / "README.md").write_text(text)
         rows.append({"folder": str(place), "": version.purpose})
     formula = f"--verify {folder / versions[-1].name} --against {folder / 'trusted'}"
@@ -2258,7 +2263,7 @@ def run_acts(options):
     title = "time with nano on two idle cores, and what it shows"
     rows = [{"act": name, title: ACTS[name]} for name in acts]
     how = f"To see one part: --acts {acts[-1]}. Step by step: --step. More: --help."
-    purpose = "Inside a language model, step by step. All numbers are of this run."
+    purpose = "Inside a language model, step by step. All numbers come from this run."
     yield Act("GPT-2, opened", purpose, shown=[rows, how])
 
     if "learn" in acts:

@@ -146,7 +146,7 @@ def test_who_notices_is_told_beside_a_control(act):
     assert row["noticed by"] == "hashes, copy, the subject"
     assert (row["before"], row["after"]) == ("' Rome'", "' Moscow'")
     assert act["in short"].found.endswith(": matrix, row.")
-    assert act["undone"].purpose.endswith("the model is what it was.")
+    assert act["undone"].purpose == "The model is what it was, bit for bit."
 
 
 def test_a_model_that_knows_too_little_is_told_so():
