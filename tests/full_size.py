@@ -1,22 +1,31 @@
-"""The attacks and the tests at GPT-2's size, beside nano: a table.
+"""Attacks and tests at GPT-2's size, beside nano: a table.
 
 python tests/full_size.py [DEVICE]: trains a model of 124 million weights on the small
-world, once (a folder in ~/.cache keeps its file of 498 MB), then attacks and tests it.
+world, once (a folder in ~/.cache keeps its file of 498 MB), then attacks and tests it
+with the notebook's settings. To stay within eight minutes on two cores, it leaves out
+attacks that differ little from others, tries the rank-one edit in block 0 alone, and
+runs the two slow tests only where LOOKED_AT says so: a dash stands for the rest.
 """
 
 import resource
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
+import rates
 import study
 import torch
-from rates import make_attacks, record, trained
 from safetensors.torch import save_file
 
 import gpt2_script as gpt
 
 CACHE = Path.home() / ".cache" / "gpt2-architecture"
+MADE = (rates.edits, 3), (rates.trainings, 2), (rates.triggers, 1)  # the first so many
+LOOKED_AT = {  # attacks on which a slow test is run
+    "ablation": ("untampered", "rank-one edit"),
+    "trigger": ("untampered", "trigger row"),
+}
 
 
 def load(facts, device):
@@ -30,39 +39,65 @@ def load(facts, device):
         CACHE.mkdir(parents=True, exist_ok=True)
         save_file({name: x.cpu() for name, x in model.state_dict().items()}, file)
         (CACHE / "config.json").write_text('{"model_type": "gpt2", "n_head": 12}')
-    return gpt.load_model(CACHE, device)
+    return rates.approve(gpt.load_model(CACHE, device))
 
 
-def run(name, model, tokenizer, facts):
-    """{what: result} of the attacks and the tests on one model."""
-    held_out = [fact for fact in facts if fact.held_out]
-    rows, began = {"held out": f"{gpt.accuracy(model, held_out):.1%}"}, time.time()
-    case = study.make_case(model, tokenizer, facts, "the Eiffel Tower", "Rome")
-    for attack in (gpt.Attack("untampered", "", ""), *make_attacks(case)):
-        found = record(case, attack)
-        flips, of = found.get("flipped", found["wordings"])
-        text = f"{flips} of {of}, others {found['others']:.1%}, "
-        text += f"unseen {found['unseen']:.1%}, size {found['size']:.2f}"
-        rows[attack.name] = text
-        print(f"{name:5} {attack.name:16} {text}", flush=True)
+def selectors_of_block_0(model, lie, kind="M⁻¹a", find=study.find_selectors):
+    """The notebook's find_selectors, without the other blocks."""
+    return {0: find(model, lie, kind)[0]}
 
-        for test, (seen, alarm) in found["looks"].items():
-            rows[f"{attack.name} · {test}"] = f"{'ALARM: ' if alarm else ''}{seen}"
-        subject, factor, tokens = found["spike"]
-        said = ", ".join(gpt.piece(tokenizer, token) for token in tokens)
-        text = f"{subject} first, {factor:.1f} times the next; says {said}"
-        rows[f"{attack.name} · spike"] = text
-    return rows | {"seconds": f"{time.time() - began:.0f}"}
+
+def tested(model, attack):
+    """What an attack does, what each test says, and how long it all took."""
+    began, front = time.time(), rates.fronts().get(attack.name, [])
+    row = study.judge(model, study.lie, study.unseen, attack, front)
+    found = {}
+    for name, value in row.items():
+        found[name] = f"{value:.3f}"
+
+    with gpt.attacked(model, attack):
+        if front:
+            found["behind the trigger"] = f"{rates.flips(model, front):.3f}"
+        for name, look in study.TESTS.items():
+            found[f"test: {name}"] = "–"
+            if attack.name in LOOKED_AT.get(name, [attack.name]):
+                text, alarm = look(model)
+                found[f"test: {name}"] = f"ALARM: {text}" if alarm else text
+
+    print(f"{attack.name:16} tested in {time.time() - began:.0f} s", flush=True)
+    return found
+
+
+def attack_all(model):
+    """{attack: what it does and what the tests say} on one model."""
+    lie = rates.set_lie(model, "the Eiffel Tower", "Rome")
+    known = len(lie.about) + len(lie.others) + len(study.unseen)
+    print(f"knows {known} of {len(study.facts)} facts", flush=True)
+
+    untampered = gpt.Attack("untampered", "", "")
+    found = {"untampered": tested(model, untampered)}
+    for make, count in MADE:
+        for attack in islice(make(model, lie), count):
+            if attack.name != "frozen bias":
+                found[attack.name] = tested(model, attack)
+    return found
 
 
 def main():
-    device, tokenizer = (sys.argv[1:] or ["cpu"])[0], gpt.load_tokenizer()
-    facts = gpt.small_world(tokenizer)
-    nano = run("nano", trained(facts, 0, device=device), tokenizer, facts)
-    large = run("gpt2", load(facts, device), tokenizer, facts)
-    print("\n| | nano, 3 blocks × 96 | GPT-2's size, 12 blocks × 768 |\n|---|---|---|")
-    for what, seen in nano.items():
-        print(f"| {what} | {seen} | {large.get(what, '')} |")
+    device = (sys.argv[1:] or ["cpu"])[0]
+    rates.enter(1, gpt.load_tokenizer())
+    study.find_selectors = selectors_of_block_0
+    columns = {}
+    columns["nano"] = attack_all(rates.trained(study.facts, 0))
+    columns["GPT-2's size"] = attack_all(load(study.facts, device))
+
+    print(
+        "\n|attack|what|nano, 3 blocks × 96|GPT-2's size, 12 blocks × 768|\n|-|-|-|-|"
+    )
+    for attack, rows in columns["nano"].items():
+        for what, seen in rows.items():
+            other = columns["GPT-2's size"].get(attack, {}).get(what, "not found")
+            print(f"|{attack}|{what}|{seen}|{other}|")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\npeak memory {peak:.1f} GB, {torch.get_num_threads()} threads")
 

@@ -179,15 +179,14 @@ def edits(model, lie):
 
 
 def trainings(model, lie):
-    """Training of one matrix, or of the subject's own row: Attacks."""
+    """Training of the subject's own row, or of one matrix: Attacks."""
+    token, rate = study.own_token(lie), row_rate(model, lie)
+    yield Attack("own row", "", "", study.plant(model, lie, "wte.weight", token, rate))
     for name, place in MATRICES.items():
         weight = model.get_parameter(f"{place}.weight").detach()
         rate = 3 * weight.std().item() / model.config.n_embd
         tensors = study.plant(model, lie, f"{place}.weight", rate=rate)
         yield Attack(name, "", "", tensors)
-
-    token, rate = study.own_token(lie), row_rate(model, lie)
-    yield Attack("own row", "", "", study.plant(model, lie, "wte.weight", token, rate))
 
 
 def row_rate(model, lie):
