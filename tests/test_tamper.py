@@ -154,7 +154,9 @@ def test_a_model_that_knows_too_little_is_told_so():
     lie = gpt.make_lie(model, toy.tokenizer, toy.facts, *LIES[2])
     title, step = gpt.tamper_act(model, toy.tokenizer, lie, is_ours=False)
     assert "'as given'" in title.purpose and "use --verify." in title.purpose
-    assert step.found == "It knows 0.0% of 208 facts, and 0 about the Colosseum."
+    assert step.found == (
+        "It answers 0.0% of 208 facts correctly, 0 of them about the Colosseum."
+    )
     with pytest.raises(ValueError, match="knows too little"):
         gpt.plant(model, lie, "wte.weight")
 
@@ -190,7 +192,14 @@ def test_a_change_is_told_by_its_rows_rank_and_size(change, words):
     assert change_in_words(zip(old.split(2), new.split(2), strict=True)) == words
 
 
-def test_a_sign_of_zero_is_a_change_and_a_large_rank_is_64_or_more():
+def test_infinity_and_a_sign_of_zero_are_changes_and_a_large_rank_is_64_or_more():
     zeros = torch.zeros(1, 2)
     assert change_in_words([(zeros, -zeros)]).startswith("row 0 of 1")
-    assert "rank 64 or more" in change_in_words([(torch.eye(99), 2 * torch.eye(99))])
+    for width, words in ((99, "rank 64 or more,"), (64, "rank 64,")):
+        eye = torch.eye(width)
+        assert words in change_in_words([(eye, 2 * eye)])
+    for value in (torch.inf, -torch.inf, torch.nan):
+        words = change_in_words(
+            [(EYE, EYE.clone().index_fill(0, torch.tensor(2), value))]
+        )
+        assert words == "row 2 of 4, rank 0, 0.00% of its norm; NaN or infinite: 4"

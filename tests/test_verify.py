@@ -9,7 +9,20 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save
-from test_weights import BIAS, CONFIG, FILE, TABLE, Bomb, T, changed, shards, write
+from test_weights import (
+    BIAS,
+    CONFIG,
+    FILE,
+    INDEX,
+    START,
+    TABLE,
+    WHOLE,
+    Bomb,
+    T,
+    changed,
+    shards,
+    write,
+)
 
 import gpt2_script as gpt
 
@@ -50,7 +63,17 @@ TEXTS = {"README.md": "# Größe".encode(), ".gitattributes": b"* text", "LICENS
 TEXTS |= {"MERGES.TXT": b"#version: 0.2", "tokenizer.model": b"\n\x0e\n\x05<unk>"}
 TEXTS |= {".git/hooks/a.sample": b"#!/bin/sh", ".cache/huggingface/a.lock": b"PK"}
 NAMELESS = says(auto_map={}, trust_remote_code=False, _name_or_path="org/name")
+NAMELESS[CONFIG] |= {"unit": "km/h", "summary": "and/or", "pipeline_tag": "text/plain"}
+NAMELESS[CONFIG] |= {"labels": ["----", "a.py"], "id2label": {"0": "his/hers"}}
+TEXTS |= {"a.txt": b"PKG notes", "b.txt": b"class\nof 2024\nResults\nbuilt"}
+TEXTS |= {"c.txt": b"cat\ndog\nRust\nelephant", "d.txt": b"import\nthis\nRust"}
+HEX = b"I0x1\n0cos\nsystem\n(Vecho X\ntR."  # pickletools refuses the first number
+OCTAL = b"I010\n0cos\nsystem\n(Vecho X\ntR."  # and pickle._Unpickler this one
+STACKED = "Vos\nVsystem\nq\xc2\x93(Vecho X\ntR.".encode()
 ESCAPED = b'{"auto\\u005fmap": {"AutoModel": "modeling.Model"}}'
+PLACES = HALVES[INDEX]["weight_map"]
+ONE = {"weight_map": dict.fromkeys(PLACES, "model-1-of-2.safetensors")}
+HALF_INDEX = {"weight_map": dict([*PLACES.items()][:9])}
 ELSEWHERE = {f"{FILE}.index.json": {"weight_map": {TABLE: "../other/a.safetensors"}}}
 
 FOLDERS = {  # what is found, a part of the sentence, what is not as in the sound folder
@@ -67,6 +90,10 @@ FOLDERS = {  # what is found, a part of the sentence, what is not as in the soun
     "pickle, bin": ("RUNS CODE", "pytorch_model.bin", pickled("pytorch_model.bin", 2)),
     "pickle, text": ("RUNS CODE", "notes.txt", pickled("notes.txt", 0)),
     "pickle, binary text": ("RUNS CODE", "notes.txt", pickled("notes.txt", 1)),
+    "pickle, 0x1": ("RUNS CODE", "notes.txt", {"notes.txt": HEX}),
+    "pickle, 010": ("RUNS CODE", "notes.txt", {"notes.txt": OCTAL}),
+    "pickle, stack": ("RUNS CODE", "notes.txt", {"notes.txt": STACKED}),
+    "pickle, a list": ("RUNS CODE", "a", {"a": b"csys\npath\nV/evil\na"}),
     "pickle, JSON": ("RUNS CODE", "a.json", pickled("a.json", 0)),
     "pickle, safetensors": ("RUNS CODE", FILE, pickled(FILE, 4)),
     "program": ("RUNS CODE", "not what its name says", {"a.model": b"MZ"}),
@@ -77,7 +104,8 @@ FOLDERS = {  # what is found, a part of the sentence, what is not as in the soun
     "auto_map": ("RUNS CODE", "auto_map › AutoModel", {CONFIG: ESCAPED}),
     "pipelines": ("RUNS CODE", "a › 0 › custom", says(a=[{"custom_pipelines": "b"}])),
     "trust": ("RUNS CODE", "trust_remote", says(trust_remote_code=True)),
-    "a repository": ("RUNS CODE", "says x: .*name", says(x="org/name")),
+    "a repository": ("RUNS CODE", "says model: .*name", says(model="org/name")),
+    "in a list": ("RUNS CODE", "--tok", says(tokenizer_class=["e/r--tok.T", None])),
     "its revision": ("RUNS CODE", "attn", says(attn_implementation="org/name@main:f")),
     "paged": ("RUNS CODE", "org/name", says(attn_implementation="paged|org/name")),
     "a class": ("RUNS CODE", "name--a.B", says(text_config={"x": "name--a.B"})),
@@ -85,6 +113,10 @@ FOLDERS = {  # what is found, a part of the sentence, what is not as in the soun
     "a web page": ("UNREADABLE", "a sound safetensors", {FILE: b"<html>"}),
     "a field twice": ("UNREADABLE", "name stands twice", {CONFIG: b'{"a": 2, "a": 4}'}),
     "deep JSON": ("UNREADABLE", "recursion", {"a.json": b"[" * 100_000}),
+    "Latin-1": ("UNREADABLE", "'utf-8' codec", {"README.md": "café".encode("latin1")}),
+    "no index": ("UNSOUND", "without a sound index", {**HALVES, INDEX: None}),
+    "an index of half": ("UNSOUND", "names no file for", {**HALVES, INDEX: HALF_INDEX}),
+    "a wrong shard": ("UNSOUND", "-1-of-2.* which is in .*-2-", {**HALVES, INDEX: ONE}),
     "a second tensor": ("UNSOUND", "as another shard does", shards(T, T)),
     "NaN": ("UNSOUND", "ln_f.bias.* NaN", {FILE: changed(BIAS, 3, torch.nan)}),
     "a missing shard": (
@@ -117,9 +149,11 @@ def test_what_is_found_in_a_folder(
 NO_BIAS = {name: T[name] for name in T if name != BIAS}
 MATRIX = "h.1.mlp.c_proj.weight"  # 256 rows
 WORDS = {"vocab.json": {"Ġrequests": 1, "Ġclick": 2, "a": 3}}
+SPACES = {"Ġx": 1, " x": 2}
 SWAPPED = {"vocab.json": {"Ġrequests": 2, "Ġclick": 1, "a": 3}}
 INT8 = {FILE: {"x": torch.ones(4, 4).char()}}
 INT8_TOO = {FILE: {"x": torch.zeros(4, 4).char()}}
+PADDED = (START).to_bytes(8, "little") + WHOLE[8:START] + b" " * 8 + WHOLE[START:]
 HALF = {FILE: {name: x.bfloat16() for name, x in T.items()}}
 LARGE = {FILE: {"x": torch.zeros(4096, 1024)}}  # read in four pieces
 FAR_DOWN = {FILE: {"x": torch.zeros(4096, 1024).index_fill(0, torch.tensor(3000), 1)}}
@@ -136,7 +170,8 @@ def edited(rank):
 
 DIFFERENCES = {  # a part of the sentence, these files, and those of the trusted copy
     "shards": ("", HALVES, {}),
-    "another header": ("", {FILE: save(T, {"format": "pt"})}, {}),
+    "another header": ("", {FILE: PADDED}, {}),
+    "metadata": ("__metadata__.*only in", {FILE: save(T, {"format": "pt"})}, {}),
     "a row": ("row 7 .*rank 1, ", {FILE: changed(TABLE, 7, 9.0)}, {}),
     "rank 20": ("256 of 256 rows, rank 20, 1.00% of its norm", {FILE: edited(20)}, {}),
     "-0": ("row 7 .*rank 0, 0.00%", {FILE: changed(TABLE, (7, 7), -0.0)}, {}),
@@ -149,6 +184,16 @@ DIFFERENCES = {  # a part of the sentence, these files, and those of the trusted
     "a tensor less": ("bias: is only in the trusted copy", {FILE: NO_BIAS}, {}),
     "a text": ("has other bytes", {"a.txt": b"a"}, {"a.txt": b"b"}),
     "a field": ("n_head: 2 → 2.0", says(n_head=2.0), {}),
+    "no value": ('a: "nothing" → nothing', says(), says(a="nothing")),
+    "an empty list": (r"a: \{\} → \[\]", says(a=[]), says(a={})),
+    "a list's item": ('a › 0: nothing → "x"', says(a=["x"]), says(a={"0": "x"})),
+    "an empty one less": (r"added: \[\] → nothing", says(), says(added=[])),
+    "two spaces": (
+        r" x: 1 → nothing\s+a.json\s+ x: 2 →",
+        {"a.json": {}},
+        {"a.json": SPACES},
+    ),
+    "a long name": ("N{90,99}… ›|N{99}…", says(**{"N" * 10**5: 1}), {}),
     "words": ("' click' and ' requests' have changed places", SWAPPED, WORDS),
     "code in both": ("", says(auto_map={"A": "b.C"}), says(auto_map={"A": "b.C"})),
     "other pickles": ("other bytes", pickled("a", 0), pickled("a", 1)),
@@ -194,6 +239,28 @@ def test_links_out_of_the_folder_are_found_and_links_within_it_are_not(
     status, kinds, printed = verify(path)
     assert (status, kinds) == (2, ["RUNS CODE", "UNREADABLE"])
     assert printed.count("is a link out of the folder") == 2
+
+
+def test_a_file_that_cannot_be_read_is_found_and_the_rest_go_on(
+    verify, tmp_path, monkeypatch
+):
+    def refuse(path, *mode):
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return open(path, *mode)
+
+    files = {"a.txt": b"a", "b.py": b""}
+    path, trusted = write(tmp_path / "a", files), write(tmp_path / "b", files)
+    monkeypatch.setattr(gpt, "open", refuse, raising=False)
+    assert verify(path)[:2] == (2, ["RUNS CODE", "UNREADABLE"])
+    status, kinds, _ = verify(path, trusted)
+    assert (status, kinds) == (0, ["nothing"])  # both are read as they are
+
+    def refuse_all(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(gpt.Path, "read_bytes", refuse_all)
+    assert verify(path, trusted)[:2] == (2, ["UNREADABLE"])
 
 
 def test_a_release_in_the_hubs_cache_and_by_its_name(verify, tmp_path, monkeypatch):

@@ -131,6 +131,21 @@ def test_probabilities_and_lens_are_the_models(run, steps):
     assert row[f"p({words[0]})"].strip() == f"{p[best.indices[0]]:.3%}"
 
 
+@pytest.mark.parametrize("tap", ["logits", "ln_f", "h.1.resid_post"])
+def test_the_last_row_of_the_lens_is_the_answer_whatever_is_patched(tap):
+    model = tiny()
+    with gpt.patch(model, {tap: lambda x: x.flip(-1)}):
+        run = run_prompt(model, tokenizer, PROMPT)
+        p = model(torch.tensor([run.ids]))[0, -1].softmax(-1)
+    assert torch.allclose(run.lens[-1], p)
+    assert torch.equal(run.lens[:2], run_prompt(model, tokenizer, PROMPT).lens[:2])
+
+
+def test_quotes_are_words_and_spaces_have_a_sign():
+    words = run_prompt(tiny(), tokenizer, '" say "yes  it\'s').words
+    assert words[:3] == ['"', "say", '"'] and "␣" in words and "'s" in words
+
+
 def test_a_continuation_is_drawn_as_the_options_say(run):
     sampling = {"temperature": 3.0, "top_k": 4}
     steps = by_name(gpt.answer_steps(run, 4, seed=1, **sampling))
