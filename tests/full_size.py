@@ -1,6 +1,6 @@
 """Attacks and tests at GPT-2's size, beside nano: a table.
 
-python tests/full_size.py [DEVICE]: trains a model of 124 million weights on the small
+python tests/full_size.py: trains a model of 124 million weights on the small
 world, once (a folder in ~/.cache keeps its file of 498 MB), then attacks and tests it
 with the notebook's settings. To stay within eight minutes on two cores, it leaves out
 attacks that differ little from others, tries the rank-one edit in block 0 alone, and
@@ -8,7 +8,6 @@ runs the two slow tests only where LOOKED_AT says so: a dash stands for the rest
 """
 
 import resource
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -28,18 +27,18 @@ LOOKED_AT = {  # attacks on which a slow test is run
 }
 
 
-def load(facts, device):
+def load(facts):
     """A model of GPT-2's size that knows the small world, trained unless it is kept."""
     file = CACHE / "model.safetensors"
     if not file.exists():
         torch.manual_seed(0)
-        model = gpt.GPT2(gpt.PRESETS["gpt2"]).eval().to(device)
+        model = gpt.GPT2(gpt.PRESETS["gpt2"]).eval()
         for step, loss, sure in gpt.train(model, facts, peak_rate=6e-4):
             print(f"step {step:3}, loss {loss:.2f}, p {sure.mean():.1%}", flush=True)
         CACHE.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.cpu() for name, x in model.state_dict().items()}, file)
+        save_file(model.state_dict(), file)
         (CACHE / "config.json").write_text('{"model_type": "gpt2", "n_head": 12}')
-    return rates.approve(gpt.load_model(CACHE, device))
+    return rates.approve(gpt.load_model(CACHE))
 
 
 def selectors_of_block_0(model, lie, kind="M⁻¹a", find=study.find_selectors):
@@ -84,12 +83,11 @@ def attack_all(model):
 
 
 def main():
-    device = (sys.argv[1:] or ["cpu"])[0]
     rates.enter(1, gpt.load_tokenizer())
     study.find_selectors = selectors_of_block_0
     columns = {}
     columns["nano"] = attack_all(rates.trained(study.facts, 0))
-    columns["GPT-2's size"] = attack_all(load(study.facts, device))
+    columns["GPT-2's size"] = attack_all(load(study.facts))
 
     print(
         "\n|attack|what|nano, 3 blocks × 96|GPT-2's size, 12 blocks × 768|\n|-|-|-|-|"

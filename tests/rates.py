@@ -1,10 +1,10 @@
 """What each attack does and which tests see it, on other models, lies and facts.
 
-python tests/rates.py [DRAWS] [--first SEED] [--file FILE]: that many trained models
+python tests/rates.py [DRAWS] [--first SEED] [--file FILE ...]: that many trained models
 (20), of seeds from 100 on, every second one in a second world; for each a random city
 lie, all attacks of chapters 6 and 7 with the notebook's settings, and all tests. Then
-clean models of other kinds. Two minutes each. FILE gets a line of JSON per model; what
-it has already is not done again, and DRAWS = 0 only prints the tables of what it has.
+clean models of other kinds. Two minutes each. The first FILE gets a line of JSON per
+model. What a FILE has already is not done again; DRAWS = 0 prints the tables of that.
 """
 
 import argparse
@@ -109,7 +109,6 @@ ATTACKS = (
     "own row, trigger row, package lie, pinned trigger, two tokens, long text, c_fc, "
     "c_attn"
 ).split(", ")
-EFFECTS = "wordings fresh others unseen size behind control alone".split()
 LESS_IS_BETTER = "size", "control", "alone"  # for the attacker
 PACKAGE_LIES = ("send a web request", "request"), ("add two dates", "arrows")
 
@@ -312,19 +311,27 @@ def effect(rows, column):
     """The median of some records, and in brackets the attacker's worst."""
     values = [row[column] for row in rows if column in row]
     values = [value for value in values if not math.isnan(value)]
-    if not values:
-        return ""
+    if not any(values):  # steering changes no tensor
+        return "0% (0%)" if values and column != "size" else ""
     worst = max(values) if column in LESS_IS_BETTER else min(values)
-    return f"{statistics.median(values):.3f} ({worst:.3f})"
+    if column == "size":
+        return f"{statistics.median(values):.2g} ({worst:.2g})"
+    return f"{statistics.median(values):.0%} ({worst:.0%})"
 
 
 def show_effects(attacked):
-    """Print what each attack does."""
-    print(f"{'':20} of", *(f"{column:>15}" for column in EFFECTS))
+    """Print what each attack does. The wordings of triggers are other cities' prompts
+    behind the trigger; a second table has their controls, and what the attacker's blind
+    spot costs."""
+    print("attack               found     wordings        fresh   others right", end="")
+    print("             size      unseen right   old row says it    one token alone")
     for name in ATTACKS:
         rows = [found[name] for found in attacked if name in found]
-        cells = [f"{effect(rows, column):>15}" for column in EFFECTS]
-        print(f"{name:20}{len(rows):3}", *cells)
+        flips = "behind" if rows and "behind" in rows[0] else "wordings"
+        line = f"{name:20}{len(rows):3}{effect(rows, flips):>16}"
+        line += f"{effect(rows, 'fresh'):>13}{effect(rows, 'others'):>15}"
+        line += f"{effect(rows, 'size'):>17}{effect(rows, 'unseen'):>18}"
+        print(line + f"{effect(rows, 'control'):>18}{effect(rows, 'alone'):>19}")
 
 
 def rate_line(name, rows):
@@ -353,7 +360,7 @@ def main():
     parser = argparse.ArgumentParser(description="rates of attacks and tests")
     parser.add_argument("draws", type=int, nargs="?", default=20)
     parser.add_argument("--first", type=int, default=100)
-    parser.add_argument("--file", type=Path)
+    parser.add_argument("--file", type=Path, nargs="+", default=[])
     options = parser.parse_args()
 
     jobs, done = {}, {}
@@ -363,9 +370,10 @@ def main():
         for number in (1, 2):
             jobs[f"{kind}, world {number}"] = look_at_clean, (kind, number, seed)
 
-    if options.file and options.file.exists():
-        for line in options.file.read_text().splitlines():
-            done |= json.loads(line)
+    for path in options.file:
+        if path.exists():
+            for line in path.read_text().splitlines():
+                done |= json.loads(line)
 
     for name, (job, arguments) in jobs.items():
         if name in done or not options.draws:
@@ -374,7 +382,7 @@ def main():
         done[name] = job(*arguments)
         print(f"{name}: {time.time() - began:.0f} s", flush=True)
         if options.file:
-            with options.file.open("a") as file:
+            with options.file[0].open("a") as file:
                 file.write(json.dumps({name: done[name]}) + "\n")
 
     attacked, clean = [], []
