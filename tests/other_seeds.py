@@ -67,6 +67,7 @@ def patched(run):
     subject's last token alone: means over the notebook's pairs."""
     streams, parts = run.mean_shares[1:4], run.mean_shares[4:]
     rows = {}
+
     for i, place in enumerate(("subject", "last token")):
         rows[f"stream at the {place}"] = streams[:, i].tolist()
         rows[f"attention at the {place}"] = parts[::2, i].tolist()
@@ -89,6 +90,7 @@ def adds(run):
 def ablations(run):
     """The shares of right answers with one part ablated, by zeros and by its mean."""
     rows, ablated = {}, run.ablated  # [part, zeros or mean, of five or all]
+
     for j, question in enumerate(("of five", "of all")):
         for i, part in enumerate(("attention", "MLP")):
             for k, way in enumerate(("zeros", "mean")):
