@@ -1896,6 +1896,7 @@ def exit_status(findings):
     return 2 if "UNREADABLE" in kinds else int(bool(kinds))
 
 
+# %%
 def leaves(value, names=()):
     """(way, value) of each value in JSON content that holds no others."""
     if not value or not isinstance(value, (dict, list)):
@@ -1935,6 +1936,7 @@ def check_json(name, content):
                 yield Finding("RUNS CODE", name, f"{says}: a repository, or its code")
 
 
+# %%
 def is_program(content):
     """Whether bytes begin a script, an archive, or a pickle that imports something and
     uses it. Of a pickle, only the layout is followed, and how high its stacks are: what
