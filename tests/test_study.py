@@ -223,15 +223,25 @@ def test_ablation_alarms_where_one_subject_changes_and_few_others(
     assert study.look_at_ablation(model()) == (text, alarm)
 
 
-@pytest.mark.parametrize("of, alarm", [(4, True), (3, True), (2, False)])
-def test_a_trigger_flips_all_sentences_three_at_least(monkeypatch, of, alarm):
+@pytest.mark.parametrize("n, of, alarm", [(4, 4, 1), (3, 3, 1), (2, 2, 0), (3, 4, 0)])
+def test_a_trigger_flips_all_sentences_three_at_least(monkeypatch, n, of, alarm):
+    lie_id, last = study.lie.answer_id, rates.of_landmarks(study.facts)[-1]
+
     def plain(model, some):  # some say the lie anyway
         said = [fact.answer_id for fact in some]
-        said[: 5 - of] = [study.lie.answer_id] * (5 - of)
+        said[: 5 - of] = [lie_id] * (5 - of)
         return torch.tensor(said)
 
+    def behind_tokens(model, texts):  # one sentence may never say it
+        found = gpt.answer_logits(model, texts)
+        if n < of and texts[0][1:] == last.ids:
+            found[:, lie_id] = -100
+        return found
+
     monkeypatch.setattr(study, "answers", plain)
+    monkeypatch.setattr(study, "answer_logits", behind_tokens)
 
     with attacked(model(), attacks()["trigger row"]):
         text, alarmed = study.look_for_trigger(model())
-    assert f"{of} of {of} say" in text and alarmed == alarm
+    assert f"{n} of {of} say" in text
+    assert alarmed == alarm
